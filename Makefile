@@ -1,0 +1,51 @@
+# vpenc: `make table1` re-runs the paper's Table 1 here; `make test` runs everything that CI runs.
+PYTHON ?= python3
+JOBS   ?= 2
+VENV   := .venv
+BIN    := $(VENV)/bin
+OUT    ?= outputs/table1
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: table1 test check lab install dev reference clean help
+
+help:  ## this list
+	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(BIN)/.runtime: setup.py settings.ini constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip -c constraints.txt
+	$(BIN)/python -m pip install -q torch -c constraints.txt
+	$(BIN)/python -m pip install -q -e '.[notebook]' -c constraints.txt
+	@touch $@
+
+$(BIN)/.dev: $(BIN)/.runtime
+	$(BIN)/python -m pip install -q -e '.[dev]' -c constraints.txt
+	@touch $@
+
+install: $(BIN)/.runtime  ## .venv with vpenc and JupyterLab
+dev: $(BIN)/.dev          ## .venv with what developers need as well
+
+table1: install  ## data, every row of Table 1 and its floors, the table (a second call does only what is missing)
+	$(BIN)/vpenc data sim
+	$(BIN)/vpenc run table1 --jobs $(JOBS) --out $(OUT)
+	$(BIN)/vpenc table $(OUT)
+
+lab: install  ## JupyterLab in nbs/analysis
+	cd nbs/analysis && ../../$(BIN)/jupyter lab
+
+check: dev  ## notebooks and library in step, notebooks clean, README made from nbs/index.ipynb
+	$(BIN)/nbdev_export
+	@mkdir -p vpenc/notebooks && cp nbs/analysis/ablation.ipynb nbs/analysis/results.ipynb vpenc/notebooks/
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python tools/readme.py
+	$(BIN)/nbdev_clean
+	git diff --exit-code --stat
+
+test: dev check  ## everything that CI runs: sync, library notebooks, tests/
+	$(BIN)/nbdev_test --n_workers $(JOBS) --skip_folder_re '^(analysis|_)' --timing
+	$(BIN)/python -m pytest tests
+
+reference: install  ## publish the last `make table1` in outputs/reference, for the README
+	$(BIN)/python tools/reference.py $(OUT)
+
+clean:  ## remove build products (data and outputs stay)
+	rm -rf build dist *.egg-info _docs .pytest_cache

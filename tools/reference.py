@@ -1,0 +1,44 @@
+"""Publish a batch: copy its table, figures and results to outputs/reference/ and draw test masks for the README.
+
+Usage: python tools/reference.py [outputs/table1]        (run by `make reference`)
+"""
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from vpenc.experiment import Predictor, labels_path
+from vpenc.masks import LabelledFrames
+from vpenc.metrics import iou_per_image
+from vpenc.viz import show_masks
+
+ROOT = Path(__file__).resolve().parent.parent
+SHOWN = "videogpt-resnet_attention_corrected"  # the row whose notebook and masks are published
+
+
+def draw_masks(probe: Path, path: Path, count: int = 5):
+    "Predicted | label | frame for test frames evenly spaced in rank among those that show the robot, worst first."
+    test = LabelledFrames.load(labels_path()).part("test")
+    probability = Predictor(probe)(test.frames)
+    iou = iou_per_image(probability >= .5, test.masks)
+    seen = np.flatnonzero(test.masks.any((1, 2)))
+    chosen = seen[np.argsort(iou[seen], kind="stable")][np.linspace(.1 * len(seen), len(seen) - 1, count).astype(int)]
+    figure = show_masks(test.frames[chosen], probability[chosen], test.masks[chosen], titles=[f"IoU {v:.2f}" for v in iou[chosen]])
+    figure.savefig(path, dpi=100, bbox_inches="tight")
+
+
+def main() -> int:
+    batch, reference = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "outputs" / "table1"), ROOT / "outputs" / "reference"
+    reference.mkdir(parents=True, exist_ok=True)
+    for old in reference.iterdir(): old.unlink()
+    for path in [*batch.glob("table*"), *batch.glob("*.json")]: shutil.copy(path, reference)
+    text = (batch / f"{SHOWN}.ipynb").read_text(encoding="utf-8")
+    (reference / f"{SHOWN}.ipynb").write_text(text.replace(f"{ROOT}/", ""), encoding="utf-8")  # no path of this machine
+    draw_masks(batch / "probes" / SHOWN, reference / "masks.png")
+    print(f"{len(list(reference.iterdir()))} files in {reference}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
