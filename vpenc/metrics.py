@@ -69,7 +69,7 @@ def scores(
     return dict(
         iou=float(iou.mean()), iou_pooled=float((predicted & masks).sum() / max((predicted | masks).sum(), 1)),
         dice=float((2 * iou / (1 + iou)).mean()), boundary_f=float(boundary_f(predicted, masks).mean()),
-        ap=float(binary_average_precision(pixels, labels.long(), thresholds=200)) if masks.any() else float("nan"),
+        ap=float(binary_average_precision(pixels, labels.long())) if masks.any() else float("nan"),
         ece=float(binary_calibration_error(pixels, labels.long(), n_bins=15)))
 
 

@@ -110,15 +110,18 @@ class Recipe:
     batch: int | None = 16  # frames a step; None: all
     weight_decay: tuple = (.01,)  # values to try
     options: dict = field(default_factory=dict)  # of the head
+    schedule: str = "cosine"  # of the learning rate
 
 
 RECIPES = dict(
-    linear=Recipe((1.,), 20, None, (1e-3, 1e-2, 1e-1)), linear1x1=Recipe((2e-2, 1e-1), 20, 16), linear7x7=Recipe((3e-2,), 30, 16),
+    linear=Recipe((1.,), 12, None, (1e-3, 1e-2, 1e-1)), linear1x1=Recipe((2e-2, 1e-1), 20, 16), linear7x7=Recipe((3e-2,), 30, 16),
     light=Recipe((5e-3,), 3, 3), attention=Recipe((3e-3,), 3, 3), heavy=Recipe((5e-3,), 8, 5, options=dict(base=8)),
     unet=Recipe((5e-3,), 9, 5, options=dict(base=8)), all=Recipe(epochs=0), prior=Recipe(epochs=0))
 GRID_RECIPES = dict(  # on small grids `light` and `heavy` have 16 million weights: few, large steps
-    light=Recipe((1e-3,), 15, 25), heavy=Recipe((2e-3,), 15, 25, options=dict(base=8)))
-PAPER_RECIPES = dict(light=Recipe((3e-4,), 8, 3))  # its final ReLU dies at larger steps: the mask stays empty
+    light=Recipe((1e-3,), 15, 25), heavy=Recipe((2e-3,), 8, 25, options=dict(base=8)))
+PAPER_RECIPES = dict(
+    light=Recipe((3e-4,), 8, 3),  # its final ReLU dies at larger steps: the mask stays empty
+    unet=Recipe((1e-2,), 16, 5, options=dict(base=8), schedule="constant"))  # two sigmoids: empty masks for ten epochs
 OPTIMIZERS = dict(adamw=torch.optim.AdamW, adam=torch.optim.Adam,
                   sgd=lambda groups, lr, weight_decay: torch.optim.SGD(groups, lr, .9, weight_decay=weight_decay))
 SCHEDULES = dict(cosine=lambda t: min(1, t / .1 + .04) * (.5 + .5 * math.cos(math.pi * t)), constant=lambda t: 1.)  # t in [0,1]
@@ -263,7 +266,7 @@ def fit_probe(
     weight_decay=None,  # the same
     epochs=None,  # None: the head's recipe
     batch=None,  # frames a step; None: the head's recipe
-    schedule="cosine",  # or 'constant'
+    schedule=None,  # 'cosine' or 'constant'; None: the head's recipe
     augment=None,  # 'flip', 'jitter' or 'flip+jitter', for the `pixels` encoder
     head_options=None,  # dict of the head's own options, for instance dict(base=32)
     protocol="corrected",  # or 'paper'
@@ -272,7 +275,7 @@ def fit_probe(
 ) -> Probe:
     "Fit a head to cached features. Same seed, same machine, same probe. ValueError for bad names, sizes and masks."
     _known("protocol", protocol, ("corrected", "paper")), _known("head", head, HEADS)
-    _known("optimizer", optimizer, OPTIMIZERS), _known("schedule", schedule, SCHEDULES)
+    _known("optimizer", optimizer, OPTIMIZERS), _known("schedule", schedule or "cosine", SCHEDULES)
     targets, criterion, augment = _targets(masks, len(features)), make_loss(loss), augmentation(augment)
     if val is None:
         train, held = inner_split(len(features), trajectory, seed)
@@ -285,12 +288,13 @@ def fit_probe(
     recipe = recipe_for(head, shapes, protocol)
     options = recipe.options | (PAPER_QUIRKS.get(head, {}) if protocol == "paper" else {}) | (head_options or {})
     recipe = replace(recipe, epochs=recipe.epochs if epochs is None else epochs, batch=batch or recipe.batch,
-                     lr=_several(lr, recipe.lr), weight_decay=_several(weight_decay, recipe.weight_decay), options=options)
+                     lr=_several(lr, recipe.lr), weight_decay=_several(weight_decay, recipe.weight_decay), options=options,
+                     schedule=schedule or recipe.schedule)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     maps, val_maps = ([m.float().to(device) for m in each.as_2d()] for each in (features, val[0]))
     standardize = Standardizer(maps, identity=protocol == "paper")
     data = [_arranged(standardize(maps)), targets.to(device), _arranged(standardize(val_maps)), val_targets.to(device)]
-    candidates = [_fit_once(head, shapes, data, standardize, recipe, lr, decay, criterion, optimizer, schedule, augment, protocol, seed)
+    candidates = [_fit_once(head, shapes, data, standardize, recipe, lr, decay, criterion, optimizer, augment, protocol, seed)
                   for lr, decay in product(recipe.lr, recipe.weight_decay)]
     probe = max(candidates, key=lambda probe: probe.val_iou)  # the first of equals
     if protocol == "corrected": probe.threshold = best_threshold(probe.predict(val[0]), np.asarray(val[1], bool))
@@ -308,7 +312,7 @@ def _arranged(maps) -> list:
     return [m.contiguous(memory_format=torch.channels_last) if m.dim() == 4 else m for m in maps]
 
 # %% ../nbs/33_probe.ipynb #6e049f4a
-def _fit_once(name, shapes, data, standardize, recipe, lr, weight_decay, loss, optimizer, schedule, augment, protocol, seed) -> Probe:
+def _fit_once(name, shapes, data, standardize, recipe, lr, weight_decay, loss, optimizer, augment, protocol, seed) -> Probe:
     "Train one head at one learning rate and weight decay; returns a Probe with its best epoch."
     maps, masks, val_maps, val_masks = data
     with torch.random.fork_rng():
@@ -325,7 +329,7 @@ def _fit_once(name, shapes, data, standardize, recipe, lr, weight_decay, loss, o
         solver = torch.optim.LBFGS(head.parameters(), lr=lr, max_iter=4, history_size=10, line_search_fn="strong_wolfe")
         return keep_best(probe, epochs, lambda: newton_like(probe, inputs, masks, loss, solver, weight_decay), validate)
     solver = OPTIMIZERS[optimizer](head.parameters(), lr=lr, weight_decay=weight_decay)
-    scheduler, generator = _scheduler(solver, schedule, epochs * -(-len(masks) // batch)), torch.Generator().manual_seed(seed)
+    scheduler, generator = _scheduler(solver, recipe.schedule, epochs * -(-len(masks) // batch)), torch.Generator().manual_seed(seed)
 
     def read(indices):
         if augment is None: return [m[indices] for m in inputs], masks[indices]
