@@ -781,7 +781,7 @@ def _work(folder, worker=0, workers=1, each=None):
 
 # %% ../nbs/01_sim.ipynb #a854893f
 def _run_workers(folder, workers, bar):
-    "Let `workers` child processes make the missing parts; RuntimeError with the worker's last line when one fails."
+    "Let `workers` child processes make the missing parts; ChildProcessError with the worker's last line when one fails."
     import vpenc
     one_thread = dict.fromkeys(('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'), '1')
     home = os.pathsep.join([str(Path(vpenc.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])
@@ -796,7 +796,7 @@ def _run_workers(folder, workers, bar):
             running = [child for child in children if child.poll() is None]
             bar.update(sum(len(items) for name, items in plan.items() if (folder / name).exists()) - bar.n)
             for child, log in zip(children, logs):
-                if child.poll(): raise RuntimeError(f'a simulation worker failed: {_last_line(log)}')
+                if child.poll(): raise ChildProcessError(f'a simulation worker failed: {_last_line(log)}')
             if not running: return
             time.sleep(.2)
     finally:
