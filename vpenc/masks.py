@@ -9,7 +9,7 @@ __all__ = ['REQUIRED', 'MAKE_AGAIN', 'SUBPIXELS', 'check_frames', 'check_masks',
            'check_split', 'split_by_frame']
 
 # %% ../nbs/03_masks.ipynb #14f7da96
-import math, re, zipfile, zlib
+import io, math, re, zipfile, zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -241,9 +241,8 @@ def open_picture(
     "The picture in a file, read whole, as a PIL image; ValueError when it is no picture or damaged."
     from PIL import Image, ImageOps
     try:
-        with path.open("rb") as file:
-            picture = Image.open(file)
-            picture.load()
+        picture = Image.open(io.BytesIO(path.read_bytes()))  # at once: seeking inside an archive is slow
+        picture.load()
     except (OSError, ValueError, EOFError, SyntaxError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as a picture ({error})") from None
     return ImageOps.exif_transpose(picture) if size and picture.size != tuple(size) else picture
@@ -305,7 +304,7 @@ def read_label_folder(
 def _pair(frame, mask, size, values) -> tuple:
     "Frame and mask of two files, as arrays."
     path, mask = mask, read_mask(mask, values)
-    frame = np.asarray(open_picture(frame, mask.shape[::-1]).convert("RGB"))
+    frame = np.array(open_picture(frame, mask.shape[::-1]).convert("RGB"))
     if mask.shape != frame.shape[:2]:
         raise ValueError(f"{path}: mask {mask.shape}; expected {frame.shape[:2]} as its frame")
     return (fit_frame(frame, size), fit_mask(mask, size)) if size else (frame, mask)
