@@ -62,7 +62,7 @@ def decode_rle(
     width,
 ) -> np.ndarray:
     "The mask, bool (height, width); ValueError when size or length do not fit."
-    if list(rle.get("size", ())) != [height, width]:
+    if rle.get("size") != [height, width]:
         raise ValueError(f"RLE: size is {rle.get('size')}; expected [{height}, {width}]")
     counts = rle.get("counts")
     if isinstance(counts, bytes): counts = counts.decode("latin-1")
@@ -128,10 +128,9 @@ def load_coco(
     "Read and check one JSON; ValueError names the file and the record that does not fit."
     content = _records(path)
     images, categories = content["images"], {c["id"]: c["name"] for c in content["categories"]}
-    for key in ("id", "file_name"):
-        values = [image[key] for image in images]
-        twice = next((value for value in values if values.count(value) > 1), None) if len(set(values)) < len(values) else None
-        if twice is not None: raise ValueError(f"{path}: two images have the {key} {twice!r}")
+    for kind, key in (("images", "id"), ("images", "file_name"), ("categories", "id")):
+        value, count = Counter(record[key] for record in content[kind]).most_common(1)[0] if content[kind] else (None, 1)
+        if count > 1: raise ValueError(f"{path}: {count} {kind} have the {key} {value!r}")
     by_image = {image["id"]: [] for image in images}
     for i, annotation in enumerate(content["annotations"]):
         for what, known in (("image", by_image), ("category", categories)):
@@ -236,8 +235,14 @@ def annotation_points(
         except (TypeError, ValueError): corners = None
         if corners is None or not (np.abs(corners) < 1e7).all():
             raise ValueError(f"polygon {str(polygon)[:60]} is no list of numbers x, y, x, y, ...")
-        if len(np.unique(corners, axis=0)) < 3: skipped += 1
-        else: points |= fill_polygon((corners * scale - offset) * SUBPIXELS, *points.shape)
+        if len(np.unique(corners, axis=0)) < 3:
+            skipped += 1
+            continue
+        corners = (corners * scale - offset) * SUBPIXELS
+        left, top = np.clip(np.floor(corners.min(0)), 0, len(points)).astype(int)  # only the window around it is filled
+        right, bottom = np.clip(np.ceil(corners.max(0)), 0, len(points)).astype(int)
+        window = points[top:bottom, left:right]
+        window |= fill_polygon(corners - (left, top), *window.shape)
     return points, skipped
 
 
@@ -257,7 +262,7 @@ def _read_image(file, record, pictures, chosen, size) -> tuple:
         points, skipped = points | inside, skipped + bad
     return fit_frame(np.array(picture.convert("RGB")), size), cover(points), skipped
 
-# %% ../nbs/04_coco.ipynb #d52985ca
+# %% ../nbs/04_coco.ipynb #75fd2e4d
 def read_coco(
     source,  # a Roboflow export (folder or zip), or the JSON of COCO instances
     category=(),  # name or names: their union is the object; none: the only one that has annotations
@@ -287,7 +292,7 @@ def read_coco(
     return LabelledFrames(np.stack(frames), np.stack(masks), ids, [file.part or "train" for file, _ in records],
                           name or Path(source).resolve().stem, extras)
 
-# %% ../nbs/04_coco.ipynb #70a26511
+# %% ../nbs/04_coco.ipynb #9ea27a33
 SIDES = (((-1, 0), (0, 0), (1, 0)), ((0, 1), (1, 0), (0, 1)), ((1, 0), (1, 1), (-1, 0)), ((0, -1), (0, 1), (0, -1)))
 # of a pixel: (dy, dx) of the neighbour there, (x, y) where the side starts, (x, y) where it leads
 
@@ -323,7 +328,7 @@ def enclosed(
     x, y = corners.T
     return float(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1)) / 2)
 
-# %% ../nbs/04_coco.ipynb #d704a7fd
+# %% ../nbs/04_coco.ipynb #2c59a05d
 def coco_annotation(
     mask,  # bool (H, W), not empty
     rle=False,  # run lengths instead of polygons
@@ -360,7 +365,7 @@ def save_coco(
         write_json(place/COCO_JSON, dict(info=dict(description=labels.name), licenses=[], images=images,
                                          annotations=annotations, categories=categories))
 
-# %% ../nbs/04_coco.ipynb #dab95ff3
+# %% ../nbs/04_coco.ipynb #7e749502
 FORMATS = ("coco", "png", "hdf5")
 
 
@@ -418,11 +423,12 @@ def describe(
 ) -> str:
     "Frames, videos, parts, share of the object, and what was counted while importing: two or three lines."
     height, width = labels.size
-    parts = ", ".join(f"{part} {count}" for part, count in labels.counts.items())
+    order = sorted(labels.counts, key=[*PARTS.values(), *labels.counts].index)  # train, val, test, others
+    parts = ", ".join(f"{part} {labels.counts[part]}" for part in order)
     lines = [f"{len(labels)} frames {height}x{width} of {len(set(labels.trajectory.tolist()))} trajectories: {parts}",
              f"the object covers {labels.masks.mean():.1%} of the pixels; empty masks: {(~labels.masks.any((1, 2))).sum()}"]
-    if "annotations" in labels.extras:
-        lines[-1] += f", {(labels.extras['annotations'] == 0).sum()} of them on pictures without any annotation"
-    if "skipped" in labels.extras and labels.extras["skipped"].any():
-        lines.append(f"{labels.extras['skipped'].sum()} polygons with fewer than 3 corners skipped")
+    bare = int((labels.extras.get("annotations", np.ones(1)) == 0).sum())
+    skipped = int(labels.extras.get("skipped", np.zeros(1)).sum())
+    if bare: lines[-1] += f", of which {bare} on pictures without any annotation"
+    if skipped: lines.append(f"skipped: {skipped} polygons with fewer than 3 corners")
     return "\n".join(lines)
