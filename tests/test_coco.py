@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vpenc.coco import (COCO_JSON, annotation_points, coco_files, decode_rle, encode_rle, fill_polygon, import_labels, read_coco,
-                        save_coco, unpack_counts)
+from vpenc.coco import (COCO_JSON, annotation_points, coco_files, decode_rle, encode_rle, fill_polygon, import_labels,
+                        read_coco, save_coco, unpack_counts)
 from vpenc.masks import LabelledFrames, cover, fit_mask
 
 STAR = [[60, 10, 90, 110, 15, 50, 110, 55, 25, 105]]  # a pentagram: its outline crosses itself
@@ -102,9 +102,11 @@ def test_turned_photo(tmp_path):
 
 def test_odd_json_is_told_in_one_line(tmp_path):
     "Any value of the JSON replaced by any nonsense: read as before, or refused in one line by the right kind of error."
-    content = export(tmp_path, ["a.png", "b.png"], [(0, 2, STAR), (1, 2, dict(size=[128, 128], counts=[128 * 128])), (1, 1, STAR)])
+    empty = dict(size=[128, 128], counts=[128 * 128])
+    content = export(tmp_path, ["a.png", "b.png"], [(0, 2, STAR), (1, 2, empty), (1, 1, STAR)])
     rng, refused = np.random.default_rng(0), 0
-    nonsense = [None, "", "x", -1, 0, 1.5, 10**30, True, [], {}, [[]], [[1, 2]], [["a", "b"] * 3], [[1e300] * 6], "\0", "ä/../b.png"]
+    nonsense = [None, "", "x", -1, 0, 1.5, 10**30, True, [], {}, [[]], [[1, 2]], [["a", "b"] * 3], [[1e300] * 6], "\0",
+                "ä/../b.png"]
 
     def places(value, path=()):
         yield path
