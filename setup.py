@@ -14,8 +14,8 @@ def requirements(name: str) -> list[str]:
     return settings.get(name, "").split()
 
 
-extras = {name: requirements(f"{name}_requirements") for name in ("notebook", "cluster", "video", "dev")}
-extras["dev"] += extras["notebook"]
+extras = {name: requirements(f"{name}_requirements") for name in ("notebook", "cluster", "video", "coco", "dev")}
+extras["dev"] += extras["notebook"] + extras["video"] + extras["coco"]
 
 setup(
     name=settings["lib_name"],
