@@ -263,10 +263,9 @@ def tile(flat, n):
     return flat + torch.randn_like(flat) * (0.01 / math.sqrt(flat.shape[1]))
 
 
-def vqvae_forward(w, clip, downsample, train=False, first=False):
-    "(recon, losses, codes, new buffers): one forward pass; `first`: the codebook's data init, in train mode."
-    w, stats = dict(w), {}
-    z = convolve(w, "pre_vq_conv.conv", encoder(w, clip, downsample, train, stats))
+def codebook_forward(w, z, train=False, first=False):
+    "(straight-through embeddings, codes, commitment, perplexity, new buffers); `first`: data init, in train mode."
+    w, new = dict(w), {}
     flat, K = z.detach().movedim(1, -1).flatten(0, -2), len(w["codebook.N"])
     if train and first:
         y = tile(flat, K)
@@ -276,20 +275,25 @@ def vqvae_forward(w, clip, downsample, train=False, first=False):
     onehot = F.one_hot(codes, K).float()
     codes = codes.view(len(z), *z.shape[2:])
     e = w["codebook.embeddings"][codes].movedim(-1, 1)
-    commitment = 0.25 * (z - e).square().mean()
     if train:
         N, z_avg = 0.99 * w["codebook.N"] + 0.01 * onehot.sum(0), 0.99 * w["codebook.z_avg"] + 0.01 * (flat.T @ onehot).T
         n = N.sum()
         embeddings = z_avg / ((N + 1e-7) / (n + K * 1e-7) * n)[:, None]
         y = tile(flat, K)
         chosen = y[torch.randperm(len(y))][:K]
-        stats |= {"codebook.N": N, "codebook.z_avg": z_avg, "codebook.embeddings": torch.where(N[:, None] >= 1, embeddings, chosen)}
-    quantised = (e - z).detach() + z
-    recon = decoder(w, convolve(w, "post_vq_conv.conv", quantised), downsample, train, stats)
+        new = {"codebook.N": N, "codebook.z_avg": z_avg, "codebook.embeddings": torch.where(N[:, None] >= 1, embeddings, chosen)}
     p = onehot.mean(0)
-    losses = {"recon_loss": (recon - clip).square().mean() / 0.06, "commitment_loss": commitment,
-              "perplexity": torch.exp(-(p * torch.log(p + 1e-10)).sum())}
-    return recon, losses, codes, stats
+    return (e - z).detach() + z, codes, 0.25 * (z - e).square().mean(), torch.exp(-(p * torch.log(p + 1e-10)).sum()), new
+
+
+def vqvae_forward(w, clip, downsample, train=False):
+    "(recon, losses, codes, new buffers) of one forward pass."
+    stats = {}
+    z = convolve(w, "pre_vq_conv.conv", encoder(w, clip, downsample, train, stats))
+    quantised, codes, commitment, perplexity, new = codebook_forward(w, z, train)
+    recon = decoder(w, convolve(w, "post_vq_conv.conv", quantised), downsample, train, stats)
+    losses = {"recon_loss": (recon - clip).square().mean() / 0.06, "commitment_loss": commitment, "perplexity": perplexity}
+    return recon, losses, codes, stats | new
 
 
 # ---- the GPT

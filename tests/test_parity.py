@@ -253,6 +253,7 @@ def test_reference_gpt(gpt):
 
 
 # ---- many configurations against the reference (no fixtures needed)
+# The same tolerances; for reconstructions, 5e-6 of the fixtures' standard deviation of 0.032 is 1.5e-4 of whatever it is here.
 def load(tmp_path, case, seed=0, **options):
     "(VideoGPT loaded from a file as the original writes it, the weights that were put in)"
     weights = plain.random_weights(plain.gpt_shapes(case), seed)
@@ -260,8 +261,22 @@ def load(tmp_path, case, seed=0, **options):
     return load_videogpt(path), weights
 
 
+def random_clip(case, seed=1, batch=2):
+    "Patches of colour and a little noise, (B,3,T,H,W) in [-0.5, 0.5]."
+    generator = torch.Generator().manual_seed(seed)
+    shape = case.length, case.resolution, case.resolution
+    patches = torch.nn.functional.interpolate(torch.rand(batch, 3, 4, 4, 4, generator=generator), shape)
+    return 0.9 * patches + 0.1 * torch.rand(batch, 3, *shape, generator=generator) - 0.5
+
+
 def load_tokens(tmp_path, case, seed=0):
+    "(VQVAE from a file, the weights that were put in); the codes lie among the latents of some clip."
     weights = plain.random_weights(plain.vqvae_shapes(case), seed)
+    weights["pre_vq_conv.conv.weight"] *= 2
+    z = plain.vqvae_encode(weights, random_clip(case, seed=7, batch=4), case.downsample)[0].movedim(1, -1).flatten(0, -2)
+    at = torch.linspace(0, len(z) - 1, case.codes).long()
+    weights["codebook.embeddings"] = z[at] + 0.1 * weights["codebook.embeddings"]
+    weights["codebook.z_avg"] = weights["codebook.embeddings"] * weights["codebook.N"][:, None]
     path = plain.write_checkpoint(tmp_path / "vqvae.ckpt", weights, plain.vqvae_arguments(case), optimizer=False)
     return load_vqvae(path), weights
 
@@ -293,51 +308,73 @@ def test_vqvae_equals_reference(tmp_path, name):
     case = VQVAES[name]
     model, w = load_tokens(tmp_path, case)
     assert model.config.latent_shape == case.latent and model.config.downsample == case.downsample
-    clip = torch.rand(2, 3, case.length, case.resolution, case.resolution, generator=torch.Generator().manual_seed(1)) - 0.5
+    clip = random_clip(case)
     z, codes, margin = plain.vqvae_encode(w, clip, case.downsample)
     recon, losses, _, _ = plain.vqvae_forward(w, clip, case.downsample)
     sure = margin >= 1e-3
-    assert sure.float().mean() > 0.9 and len(codes.unique()) > min(case.codes, 10) // 2
+    assert sure.float().mean() > 0.9 and len(codes.unique()) >= min(case.codes, 20) // 2
     with torch.no_grad():
         close(model.encoder(clip), plain.encoder(w, clip, case.downsample), 2e-5)
         close(model.encode_continuous(clip), z, 2e-5)
         assert torch.equal(model.encode(clip)[sure], codes[sure])
-        close(model.decode(codes), plain.vqvae_decode(w, codes, case.downsample), 5e-6 * max(1, recon.std()))
+        close(model.decode(codes), plain.vqvae_decode(w, codes, case.downsample), 1.5e-4 * recon.std().item())
         out = model(clip)
     assert torch.equal(out.codes, model.encode(clip))
-    if torch.equal(out.codes, codes): close(out.recon, recon, 5e-6 * max(1, recon.std()))
+    if torch.equal(out.codes, codes): close(out.recon, recon, 1.5e-4 * recon.std().item())
     for loss, value in losses.items(): torch.testing.assert_close(getattr(out, loss), value, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("first", [False, True], ids=["loaded", "data init"])
 @pytest.mark.parametrize("codes", [9, 300], ids=["more latents than codes", "fewer"])
-def test_vqvae_learns_like_reference(tmp_path, codes, first):
-    "Three steps in train mode: batch statistics, running statistics, codebook means, restarts, gradients."
-    case = Case(codes=codes, resolution=16)
+def test_codebook_learns_like_reference(codes, first):
+    "Three steps in train mode: data init, running means, restarts; the random numbers are drawn in the original's order."
+    generator = torch.Generator().manual_seed(0)
+    w = plain.random_weights({name: shape for name, shape in plain.vqvae_shapes(Case(codes=codes)).items() if "codebook" in name})
+    book = VQVAE(VQVAEConfig(n_hiddens=4, n_res_layers=1, embedding_dim=12, n_codes=codes)).codebook.train()
+    book.load_state_dict({name.removeprefix("codebook."): value for name, value in w.items()})
+    book.needs_init = first
+    restarted = 0
+    for step in range(3):
+        z = torch.randn(2, 12, 2, 4, 5, generator=generator)
+        torch.manual_seed(step)
+        quantised, ids, commitment, perplexity, new = plain.codebook_forward(w, z, train=True, first=first and step == 0)
+        torch.manual_seed(step)
+        got_ids, got, got_commitment, got_perplexity = book(z)
+        assert torch.equal(got_ids, ids) and not book.needs_init
+        close(got, quantised, 1e-6)
+        close(got_commitment, commitment, 1e-6)
+        torch.testing.assert_close(got_perplexity, perplexity)
+        for name, value in new.items(): close(book.get_buffer(name.removeprefix("codebook.")), value, 1e-5)
+        restarted += int((new["codebook.N"] < 1).sum())
+        w |= new
+    assert restarted > 0
+
+
+def test_vqvae_learns_like_reference(tmp_path):
+    "Three steps in train mode: batch statistics, running statistics, codebook, losses, gradients."
+    case = Case(codes=9, resolution=16)
     model, w = load_tokens(tmp_path, case)
     model.train().requires_grad_(True)
-    model.codebook.needs_init = first
-    clips = torch.rand(3, 2, 3, case.length, 16, 16, generator=torch.Generator().manual_seed(1)) - 0.5
-    restarted = 0
-    for step, clip in enumerate(clips):
-        w = {name: value.detach().requires_grad_("encoder" in name and value.is_floating_point()) for name, value in w.items()}
+    first_kernel = "encoder.convs.0.conv.weight"
+    for step in range(3):
+        clip = random_clip(case, seed=step)
+        w = {name: value.detach() for name, value in w.items()}
+        w[first_kernel].requires_grad_(True)
         torch.manual_seed(step)
-        recon, losses, ids, stats = plain.vqvae_forward(w, clip, case.downsample, train=True, first=first and step == 0)
+        recon, losses, ids, stats = plain.vqvae_forward(w, clip, case.downsample, train=True)
         (losses["recon_loss"] + losses["commitment_loss"]).backward()
         torch.manual_seed(step)
         model.zero_grad()
         out = model(clip)
         (out.recon_loss + out.commitment_loss).backward()
         assert torch.equal(out.codes, ids)
-        close(out.recon, recon, 5e-6 * max(1, recon.std()))
+        close(out.recon, recon, 1.5e-4 * recon.std().item())
         for loss, value in losses.items(): torch.testing.assert_close(getattr(out, loss), value, atol=1e-5, rtol=1e-5)
         state = model.state_dict()
         for name, value in stats.items(): torch.testing.assert_close(state[name], value, atol=2e-5, rtol=1e-5, msg=f"{name}, step {step}")
-        name = "encoder.convs.0.conv.weight"
-        torch.testing.assert_close(model.get_parameter(name).grad, w[name].grad, atol=1e-5 * w[name].grad.abs().max().item(), rtol=1e-3)
-        restarted += int((stats["codebook.N"] < 1).sum())
-        w = {**w, **stats}
-    assert restarted > 0
+        wanted = w[first_kernel].grad
+        torch.testing.assert_close(model.get_parameter(first_kernel).grad, wanted, atol=1e-4 * wanted.abs().max().item(), rtol=1e-3)
+        w |= stats
 
 
 GPTS = {
