@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STORAGES', 'LEGACY_MAGIC', 'MODELS', 'DTYPES', 'StoredTensor', 'Inert', 'SafeUnpickler', 'LightningFile', 'is_mask',
            'vote', 'count', 'argument', 'vqvae_config', 'halvings', 'clip_side', 'videogpt_config', 'resnet_sizes',
-           'fill', 'read_original', 'save_pretrained', 'read_folder', 'model_homes', 'list_models', 'find_model',
-           'from_pretrained', 'load_videogpt', 'load_vqvae', 'push_to_hub', 'attach', 'convert']
+           'fill', 'read_original', 'build_original', 'save_pretrained', 'read_folder', 'model_homes', 'list_models',
+           'find_model', 'from_pretrained', 'load_videogpt', 'load_vqvae', 'push_to_hub', 'attach', 'convert']
 
 # %% ../nbs/13_checkpoints.ipynb #1a3edb4e
 import json
@@ -62,7 +62,7 @@ class SafeUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
         known = (module, name)
         if known in (("collections", "OrderedDict"), ("pytorch_lightning.utilities.parsing", "AttributeDict")):
-            return type(name, (dict,), {})
+            return type(name, (dict,), {"__setstate__": Inert.ignore})
         if known == ("argparse", "Namespace"): return type(name, (), {})
         if known in (("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor")):
             return lambda storage, offset, shape, stride, *_: StoredTensor(*storage, offset, tuple(shape), tuple(stride))
@@ -165,7 +165,9 @@ def _read_legacy(self: LightningFile):
 
 
 def _check(self: LightningFile, name, stored):
-    if not isinstance(stored, StoredTensor) or stored.dtype is None: self.fail(f"{name} is not a tensor of a known kind")
+    if not isinstance(name, str) or not isinstance(stored, StoredTensor) or stored.dtype is None:
+        self.fail(f"{name} is not a tensor of a known kind")
+    if is_mask(name): return
     storage, dtype, offset, shape, stride = stored
     if len(shape) != len(stride) or not all(type(n) is int and 0 <= n < 2**60 for n in (offset, *shape, *stride)):
         self.fail(f"{name} has no sensible shape")
@@ -191,12 +193,12 @@ def count(shapes, pattern):
     return min(max(found, default=-1) + 1, len(shapes))
 
 
-def argument(file, name, kind=int, default=None):
-    "An argument of the training, checked; `default` for those that may be missing."
-    value = file.args.get(name, default)
+def argument(file, name, kind=int, default=None, least=1):
+    "An argument of the training, checked; `default` for those that may be missing; integers are `least` or more."
+    value = default if file.args.get(name) is None else file.args[name]
     if value is None: file.fail(f"hyper_parameters has no {name}, which the weights do not tell")
-    if not isinstance(value, kind) or kind is int and not 0 <= value < 2**31:
-        file.fail(f"args.{name}: {getattr(kind, '__name__', 'a number')} expected; got {str(value)[:40]!r}")
+    if not isinstance(value, kind) or kind is int and not least <= value < 2**31:
+        file.fail(f"args.{name}: {getattr(kind, '__name__', 'a number')}{f' >= {least}' * (kind is int)} expected; got {str(value)[:40]!r}")
     return value
 
 
@@ -209,7 +211,9 @@ def vqvae_config(file, prefix="", grid=None):
     sides = [argument(file, "sequence_length")] + 2 * [argument(file, "resolution", default=clip_side(file))]
     if grid: downsample = tuple(map(halvings, sides, grid, (2**strided,) * 3))
     else: downsample = tuple(argument(file, "downsample", (tuple, list)))
-    if 2**strided != max(downsample, default=0):
+    if len(downsample) != 3 or not all(type(d) is int and d > 0 for d in downsample):
+        file.fail(f"args.downsample: three integers expected; got {str(downsample)[:40]}")
+    if 2**strided != max(downsample):
         file.fail(f"{strided} strided layers in encoder.convs, but downsampling a {sides} clip by {downsample} takes another number")
     return VQVAEConfig(
         n_hiddens=size("pre_vq_conv.conv.weight:1", "post_vq_conv.conv.weight:0", "post_vq_conv.conv.bias:0",
@@ -253,7 +257,7 @@ def videogpt_config(file):
         layers=layers,
         attn_type=argument(file, "attn_type", str, "full" if any(map(is_mask, shapes)) else "sparse"),
         n_classes=Counter(shapes[name][1] if len(shapes[name]) == 2 else 0 for name in norms).most_common(1)[0][0] if norms else 0,
-        n_cond_frames=argument(file, "n_cond_frames", default=frames),
+        n_cond_frames=argument(file, "n_cond_frames", default=frames, least=0),
         vqvae=vqvae_config(file, "vqvae.", (vote(shapes, "attn_stack.pos_embd.emb.d_0:0"), rows or columns, columns or rows)),
     )
     for name in ("dropout", "attn_dropout"):  # of use in training only
@@ -298,19 +302,22 @@ def fill(build, read, shapes, source):
 def read_original(path, kind=None):
     "VideoGPT or VQVAE from an original Lightning checkpoint; `kind` None: whichever is in it."
     with LightningFile(path) as file:
-        shapes = {name: stored.shape for name, stored in file.tensors.items()}
-        inside = any(name.startswith("vqvae.") for name in shapes)
-        try:
-            if kind == "VideoGPT" or inside or kind is None and any(name.startswith("attn_stack.") for name in shapes):
-                config = videogpt_config(file)
-                model = fill(lambda: VideoGPT(config), file.read, shapes, path)
-                return model.vqvae if kind == "VQVAE" else model
-            config = vqvae_config(file)
-            return fill(lambda: VQVAE(config), file.read, shapes, path)
+        try: return build_original(file, kind)
         except (TypeError, AttributeError, ArithmeticError, RuntimeError) as error: file.fail(f"its sizes make no model ({error})")
         except ValueError as error:
             if str(error).startswith(f"{path}: "): raise
             file.fail(f"its sizes make no model ({error})")
+
+
+def build_original(file, kind=None):
+    shapes = {name: stored.shape for name, stored in file.tensors.items()}
+    groups = {name.split(".")[0] for name in shapes}
+    if kind == "VideoGPT" or "vqvae" in groups or kind is None and "attn_stack" in groups:
+        config = videogpt_config(file)
+        model = fill(lambda: VideoGPT(config), file.read, shapes, file.path)
+        return model.vqvae if kind == "VQVAE" else model
+    config = vqvae_config(file)
+    return fill(lambda: VQVAE(config), file.read, shapes, file.path)
 
 # %% ../nbs/13_checkpoints.ipynb #75e6350c
 MODELS = {
@@ -427,7 +434,8 @@ def attach(kind):
 
     def push(self, repository, private=True, card=None, dtype=None):
         "Save and upload to the Hugging Face Hub; see `vpenc.checkpoints.push_to_hub`."
-        with TemporaryDirectory() as folder: return push_to_hub(save_pretrained(self, folder, card, dtype), repository, private)
+        with TemporaryDirectory() as home:
+            return push_to_hub(save_pretrained(self, Path(home) / Path(repository).name, card, dtype), repository, private)
 
     def load(cls, path_or_name):
         "From a folder, name, Hub repository or original `.ckpt`; see `vpenc.checkpoints.from_pretrained`."
