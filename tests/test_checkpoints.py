@@ -245,9 +245,8 @@ def test_cut_off_anywhere(tmp_path, legacy):
     named = 0
     for length in sorted(lengths):
         path.write_bytes(whole[:length])
-        try: named += bool(re.search(r": (vqvae|resnet|attn_stack|norm|fc_)\S+: damaged or cut off", refusal(path)))
-        except pytest.fail.Exception: assert legacy and length > 0.99 * len(whole), length  # nothing of the model is missing
-    assert named > 30 if legacy else named == 0
+        named += bool(re.search(r": (vqvae|resnet|attn_stack|norm|fc_)\S+: damaged or cut off", refusal(path)))
+    assert named > 10 if legacy else named == 0  # a zip archive has its index at the end: without it there are no names
 
 
 def test_damaged_numbers_name_their_tensor(tmp_path):

@@ -84,11 +84,12 @@ class LightningFile:
         self.file = self.path.open("rb")
         try:
             self.size = os.fstat(self.file.fileno()).st_size
-            self.places = {}  # key of a storage -> its zip entry, or position in the file; its number of bytes
+            self.places, self.end = {}, 0  # key of a storage -> its zip entry, or position in the file; its number of bytes
             content = self._guarded(self._read_zip if self.file.read(2) == b"PK" else self._read_legacy)
             self.tensors = content.get("state_dict") if isinstance(content, dict) else None
             if not isinstance(self.tensors, dict) or not self.tensors: self.fail("no state_dict in the file")
             for name, stored in self.tensors.items(): self._check(name, stored)
+            if self.end > self.size: self.fail(f"cut off ({self.size:,} bytes are there, {self.end:,} or more were written)")
             bulk = sum(math.prod(t.shape) * t.dtype.itemsize for name, t in self.tensors.items() if not is_mask(name))
             if bulk > 4 * self.size: self.fail(f"its tensors would take {bulk:,} bytes, the file has {self.size:,}")
             parameters = content.get("hyper_parameters")
@@ -157,10 +158,10 @@ def _read_legacy(self: LightningFile):
     unpickler = SafeUnpickler(self.file)
     content, keys = unpickler.load(), SafeUnpickler(self.file).load()
     for key in keys:  # each storage: its number of elements (int64), then the elements
+        start = self.file.tell() + 8
         size = int.from_bytes(self.file.read(8), "little") * unpickler.storages[key].itemsize
-        start = self.file.tell()
-        self.places[key] = start, max(0, min(size, self.size - start))
-        self.file.seek(min(start + size, self.size))
+        self.places[key], self.end = (start, max(0, min(size, self.size - start))), start + size
+        self.file.seek(min(self.end, self.size))
     return content
 
 
