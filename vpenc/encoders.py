@@ -6,19 +6,22 @@
 __all__ = ['VQVAE_TAPS', 'VIDEOGPT_TAPS', 'ENCODERS', 'FeatureMap', 'weights_digest', 'code_digest', 'Frozen', 'Encoder',
            'prepare', 'wrap', 'identity', 'stamp', 'ModuleEncoder', 'PixelsEncoder', 'PositionEncoder',
            'frame_generators', 'sums', 'moments', 'NoiseEncoder', 'StillPass', 'sample_codes', 'known_taps', 'full_tap',
-           'VideoGPTEncoder', 'VQVAEEncoder', 'fresh', 'randomise', 'build', 'load_encoder', 'tap_all']
+           'VideoGPTEncoder', 'VQVAEEncoder', 'fresh', 'randomise', 'saved_as', 'build', 'load_encoder', 'tap_all',
+           'save_encoder']
 
 # %% ../nbs/20_encoders.ipynb #380ab68c
 import copy, math, re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
 
-from .checkpoints import find_model, from_pretrained, load_vqvae
-from .files import did_you_mean, digest
+from .checkpoints import find_model, from_pretrained, load_vqvae, push_to_hub, save_pretrained
+from .files import did_you_mean, digest, read_json
 from .video import VALUE_RANGES, as_frames, convert_range
 from .videogpt import VideoGPT
 from .vqvae import VQVAE
@@ -452,6 +455,15 @@ ENCODERS = {
 }
 
 
+def saved_as(path) -> dict:
+    "The `encoder` entry of a folder written by `save_encoder`; {} for any other path."
+    description = Path(path) / "config.json"
+    saved = read_json(description).get("encoder") or {} if description.is_file() else {}
+    missing = {"tap", "origin", "value_range", "seed"} - saved.keys() if saved else ()
+    if missing: raise ValueError(f"{description}: its encoder entry has no {', '.join(sorted(missing))}")
+    return saved
+
+
 def build(name, tap, weights, **options) -> Encoder:
     "The encoder of a name, a path or a module; see `load_encoder`."
     if isinstance(name, nn.Module):
@@ -459,7 +471,7 @@ def build(name, tap, weights, **options) -> Encoder:
         return kinds.get(type(name), ModuleEncoder)(tap, name, **options)
     name = str(name)
     if name.startswith("random/"):
-        return randomise(build(name.removeprefix("random/"), tap, weights, **options), options["seed"])
+        return randomise(build(name.removeprefix("random/"), tap, weights, **options), options.get("seed", 0))
     family, _, rest = name.partition(":")
     if family in ENCODERS:
         if rest and tap: raise ValueError(f"encoder {name!r} names a tap already; got tap={tap!r} as well")
@@ -467,22 +479,29 @@ def build(name, tap, weights, **options) -> Encoder:
     try: path = find_model(name)
     except FileNotFoundError:
         raise ValueError(f"{name!r} is neither an encoder nor a model{did_you_mean(family, ENCODERS)}") from None
-    return (VQVAEEncoder if str(tap).startswith("vqvae:") else VideoGPTEncoder)(tap, path, **options)
+    saved = saved_as(path)
+    options = {name: saved[name] for name in ("value_range", "seed") if saved} | options
+    if not saved or tap: return (VQVAEEncoder if str(tap).startswith("vqvae:") else VideoGPTEncoder)(tap, path, **options)
+    encoder = VideoGPTEncoder(saved["tap"], path, **options)
+    encoder.origin = saved["origin"]
+    return encoder
 
 
 def load_encoder(
     name,  # 'videogpt:resnet', 'pixels', 'random/videogpt:codes', ...; a model's name or path; any nn.Module
     tap=None,  # which output, if the name does not say: 'resnet', 'hidden[2]', ...
     weights="videogpt-sim",  # the model that 'videogpt:', 'vqvae:' and 'noise' use: name, path or instance
-    value_range="centered",  # what the model is fed: 'centered' [-0.5, 0.5], or 'unit' [0, 1] as in the paper's code
-    seed=0,  # of random weights, of noise and of sampled codes
+    value_range=None,  # what the model is fed: 'centered' [-0.5, 0.5] (the default), or 'unit' [0, 1] as in the paper's code
+    seed=None,  # of random weights, of noise and of sampled codes (default 0)
     device=None,  # None: the GPU if there is one, else the CPU
 ) -> Encoder:
     """A frozen encoder; `encoder(frames)` gives a `FeatureMap`, `encoder.trainable = True` unfreezes it.
 
-    A module that is handed in is copied. ValueError for an unknown name or tap, with the nearest ones.
+    A module that is handed in is copied. A folder written by `Encoder.save_pretrained` brings its own tap, value range and seed;
+    what is given here goes first. ValueError for an unknown name or tap, with the nearest ones.
     """
-    encoder = build(name, tap, weights, value_range=value_range, seed=seed)
+    given = {name: value for name, value in dict(value_range=value_range, seed=seed).items() if value is not None}
+    encoder = build(name, tap, weights, **given)
     encoder.trainable = False
     return encoder.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -496,3 +515,25 @@ def tap_all(
     "Tap -> FeatureMap for several taps of a video model in ONE pass over `frames`."
     encoder = model if isinstance(model, Encoder) else load_encoder(model, **options)
     return encoder.taps(frames, taps)
+
+# %% ../nbs/20_encoders.ipynb #58aff780
+def save_encoder(
+    encoder: Encoder,  # of a VideoGPT or a VQ-VAE
+    folder,  # made if missing; a model in it is replaced
+    card=None,  # text of README.md
+    dtype=None,  # of the parameters in the file; default as in memory (others change the fingerprint)
+):
+    "Write the encoder's model with its tap, value range and seed; prints the SHA-256. Returns the folder. ValueError for other encoders."
+    if not isinstance(encoder, VideoGPTEncoder):
+        raise ValueError(f"{encoder.tap}: only encoders of a VideoGPT or a VQ-VAE can be saved as a folder")
+    about = dict(tap=encoder.output, origin=encoder.origin, value_range=encoder.value_range, seed=encoder.seed)
+    return save_pretrained(encoder.model, folder, card, dtype, {"encoder": about})
+
+
+def _push(self: Encoder, repository, private=True, card=None, dtype=None):
+    "Save and upload to the Hugging Face Hub; see `vpenc.checkpoints.push_to_hub`."
+    with TemporaryDirectory() as home:
+        return push_to_hub(save_encoder(self, Path(home) / Path(repository).name, card, dtype), repository, private)
+
+
+Encoder.save_pretrained, Encoder.push_to_hub, Encoder.from_pretrained = save_encoder, _push, staticmethod(load_encoder)
