@@ -150,8 +150,9 @@ RESERVE = 32 * 2 ** 20  # bytes that a store leaves free on the disk: HDF5's cac
 
 class _Growing:
     "The datasets of one split, each growing by one trajectory at a time."
-    def __init__(self, file, split, total=None):
-        self.file, self.split, self.total, self.names = file, split, total, None
+    def __init__(self, file, split, total=None, compress=True):
+        self.file, self.split, self.names = file, split, None
+        self.total, self.compress = total, compress
         self.starts, self.ids, self.frames = [], [], 0
 
     def add(self, trajectory):
@@ -194,11 +195,11 @@ class _Growing:
         dataset[self.frames:end] = array
 
     def _create(self, name, array):
-        "A compressed dataset that grows, one clip to a chunk; or one piece of the length that was announced."
+        "A dataset that grows, one clip to a chunk; or one piece of the length that was announced."
         if self.total is None:
             chunk = (min(len(array), 32), *array.shape[1:])
-            options = dict(shape=(0, *array.shape[1:]), maxshape=(None, *array.shape[1:]), chunks=chunk,
-                           compression='gzip', compression_opts=1)
+            options = dict(shape=(0, *array.shape[1:]), maxshape=(None, *array.shape[1:]), chunks=chunk)
+            if self.compress: options |= dict(compression='gzip', compression_opts=1)
         else: options = dict(shape=(self.total, *array.shape[1:]))
         self.file.create_dataset(name, dtype=array.dtype, **options)
 
@@ -215,12 +216,13 @@ def write_clips(
     splits: dict,  # split -> iterable of dicts: video uint8 (T,H,W,3), optionally FIELDS (T,...) and `trajectory` (id)
     attrs: dict | None = None,  # attributes of the file: noise (sigma in grey levels), seed, look, ...
     frames: dict | None = None,  # split -> frames in all, when known: then stored uncompressed, in one piece
+    compress: bool = True,  # gzip, when `frames` is not given
 ) -> Path:
     "Write trajectories in VideoGPT's layout, from iterables or generators; OSError when the disk is (nearly) full."
     path = Path(path)
     with atomic(path) as temporary, h5py.File(temporary, 'w') as file:
         for split, trajectories in splits.items():
-            growing = _Growing(file, split, frames[split] if frames else None)
+            growing = _Growing(file, split, frames[split] if frames else None, compress)
             for trajectory in trajectories: growing.add(trajectory)
             growing.finish()
         file.attrs.update(attrs or {})
@@ -268,6 +270,11 @@ class _ClipFile:
         "The open file, one per process."
         if self._process != os.getpid(): self._file, self._process = self._open(), os.getpid()
         return self._file
+
+    def close(self):
+        "Close the file; the next access opens it again."
+        if self._file is not None and self._process == os.getpid(): self._file.close()
+        self._file, self._process, self._maps = None, None, {}
 
     def pixels(self, split):
         "All frames of a split as a read-only map of the file, uint8 (N, H, W, 3); None where they lie in chunks."
