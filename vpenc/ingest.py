@@ -109,7 +109,7 @@ def build_store(
         job = dict(reader=reader, parts=parts, settings=settings, attrs={**(attrs or {}), 'job': json.dumps(whole)})
         write_json(folder / 'job.json', job)
         for file in folder.iterdir():
-            if file.name not in (*parts, 'job.json'): file.unlink()  # half-written, or of files that have changed
+            if file.name not in (*parts, 'job.json'): file.unlink(missing_ok=True)  # half-written, or of files that have changed
         missing = [name for name in parts if not (folder / name).exists()]
         workers = min(jobs or _free_cores(), len(missing))
         with progress(desc=f'converting for {path.name}', total=len(parts), initial=len(parts) - len(missing)) as bar:
