@@ -770,8 +770,8 @@ def _work(folder, worker=0, workers=1, each=None):
     folder, parent = Path(folder), os.getppid()
     job = read_json(folder / 'job.json')
     config, record = SimConfig(**job['config']), dict(clips=_clip_record, labels=_label_record)[job['kind']]
-    missing = [(name, items) for name, items in _plan(job).items() if not (folder / name).exists()]
-    for name, items in missing[worker::workers]:
+    for name, items in list(_plan(job).items())[worker::workers]:  # the shares must not depend on what others have done
+        if (folder / name).exists(): continue
         records = []
         for split, toys, index in items:
             records.append(record(index, config, toys))

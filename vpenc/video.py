@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['VALUE_RANGES', 'FIELDS', 'RESERVE', 'PICTURES', 'FILMS', 'convert_range', 'check_range', 'resize_crop', 'as_frames',
-           'as_clip', 'to_uint8', 'sensor_noise', 'write_clips', 'ClipStore', 'read_pictures', 'save_gif', 'save_mp4']
+           'as_clip', 'to_uint8', 'sensor_noise', 'write_clips', 'cut', 'ClipStore', 'read_pictures', 'save_gif',
+           'save_mp4', 'by_number', 'read_video']
 
 # %% ../nbs/00_video.ipynb #bfe377df
-import errno, math, os, shutil
+import errno, math, os, re, shutil
 from pathlib import Path
 
 import h5py
@@ -104,6 +105,7 @@ def as_frames(
 def as_clip(
     x,  # uint8 (T, H, W, 3) or (B, T, H, W, 3), array or tensor
     value_range: str = 'centered',  # value range of the result
+    memory_format: torch.memory_format = torch.contiguous_format,  # or torch.channels_last_3d: the same values, sooner
 ) -> torch.Tensor:  # (B, 3, T, H, W) float32
     "Stored video as a batch of clips for a video model."
     x = torch.as_tensor(x)
@@ -111,7 +113,8 @@ def as_clip(
     if x.dtype != torch.uint8: raise ValueError(f'the clip is {x.dtype} of shape {tuple(x.shape)}: expected {layouts}')
     _check_shape(x, (4, 5), layouts)
     x = x.reshape(-1, *x.shape[-4:]).permute(0, 4, 1, 2, 3)  # (B, T, H, W, 3) -> (B, 3, T, H, W)
-    return (x.float() / 255 + _limits(value_range)[0]).contiguous()
+    clip = torch.empty(x.shape, dtype=torch.float32, device=x.device, memory_format=memory_format)
+    return clip.copy_(x).div_(255).add_(_limits(value_range)[0])
 
 def to_uint8(
     x: torch.Tensor,  # frames (..., 3, H, W) or a clip (B, 3, T, H, W)
@@ -142,23 +145,24 @@ def sensor_noise(
     return noisy
 
 # %% ../nbs/00_video.ipynb #8c5658f0
-FIELDS = ('masks', 'instances', 'depth', 'flow', 'actions', 'tip')  # what a store may hold beside the pixels
+FIELDS = ('masks', 'instances', 'depth', 'flow', 'actions', 'tip', 'main')  # what a store may hold beside the pixels
 RESERVE = 32 * 2 ** 20  # bytes that a store leaves free on the disk: HDF5's caches must fit when it closes
 
 class _Growing:
     "The datasets of one split, each growing by one trajectory at a time."
-    def __init__(self, file, split):
+    def __init__(self, file, split, total=None, compress=True):
         self.file, self.split, self.names = file, split, None
-        self.starts, self.ids = [], []
+        self.total, self.compress = total, compress
+        self.starts, self.ids, self.frames = [], [], 0
 
     def add(self, trajectory):
         "Append one trajectory: a dict of arrays (T, ...)."
         arrays = {'data' if k == 'video' else k: np.asarray(v) for k, v in trajectory.items() if k != 'trajectory'}
         self._check(arrays)
         self._check_room(sum(array.nbytes for array in arrays.values()))
-        start = 0 if not self.starts else len(self.file[f'{self.split}_data'])
-        for name, array in arrays.items(): self._append(f'{self.split}_{name}', array, start)
-        self.starts.append(start)
+        for name, array in arrays.items(): self._append(f'{self.split}_{name}', array)
+        self.starts.append(self.frames)
+        self.frames += len(arrays['data'])
         self.ids.append(int(trajectory.get('trajectory', len(self.ids))))
 
     def _check(self, arrays):
@@ -181,19 +185,28 @@ class _Growing:
         if shutil.disk_usage(Path(self.file.filename).parent).free < n_bytes + RESERVE:
             raise OSError(errno.ENOSPC, 'No space left on device')
 
-    def _append(self, name, array, start):
-        if name not in self.file:
-            chunk = (min(len(array), 32), *array.shape[1:])  # one clip is one chunk
-            self.file.create_dataset(name, (0, *array.shape[1:]), array.dtype, maxshape=(None, *array.shape[1:]),
-                                     chunks=chunk, compression='gzip', compression_opts=1)
-        dataset = self.file[name]
+    def _append(self, name, array):
+        if name not in self.file: self._create(name, array)
+        dataset, end = self.file[name], self.frames + len(array)
         if dataset.shape[1:] != array.shape[1:]:
             raise ValueError(f'{name}: got rows of shape {array.shape[1:]}: those before have {dataset.shape[1:]}')
-        dataset.resize(start + len(array), axis=0)
-        dataset[start:] = array
+        if self.total is None: dataset.resize(end, axis=0)
+        elif end > self.total: raise ValueError(f'{name}: more than the {self.total} frames that were announced')
+        dataset[self.frames:end] = array
+
+    def _create(self, name, array):
+        "A dataset that grows, one clip to a chunk; or one piece of the length that was announced."
+        if self.total is None:
+            chunk = (min(len(array), 32), *array.shape[1:])
+            options = dict(shape=(0, *array.shape[1:]), maxshape=(None, *array.shape[1:]), chunks=chunk)
+            if self.compress: options |= dict(compression='gzip', compression_opts=1)
+        else: options = dict(shape=(self.total, *array.shape[1:]))
+        self.file.create_dataset(name, dtype=array.dtype, **options)
 
     def finish(self):
         if not self.starts: raise ValueError(f'split {self.split!r} has no trajectories')
+        if self.total not in (None, self.frames):
+            raise ValueError(f'split {self.split!r} has {self.frames} frames: {self.total} were announced')
         self.file[f'{self.split}_idx'] = np.array(self.starts, np.int64)
         self.file[f'{self.split}_trajectory'] = np.array(self.ids, np.int64)
 
@@ -202,12 +215,14 @@ def write_clips(
     path,  # HDF5 file to write; appears under this name only when complete
     splits: dict,  # split -> iterable of dicts: video uint8 (T,H,W,3), optionally FIELDS (T,...) and `trajectory` (id)
     attrs: dict | None = None,  # attributes of the file: noise (sigma in grey levels), seed, look, ...
+    frames: dict | None = None,  # split -> frames in all, when known: then stored uncompressed, in one piece
+    compress: bool = True,  # gzip, when `frames` is not given
 ) -> Path:
     "Write trajectories in VideoGPT's layout, from iterables or generators; OSError when the disk is (nearly) full."
     path = Path(path)
     with atomic(path) as temporary, h5py.File(temporary, 'w') as file:
         for split, trajectories in splits.items():
-            growing = _Growing(file, split)
+            growing = _Growing(file, split, frames[split] if frames else None, compress)
             for trajectory in trajectories: growing.add(trajectory)
             growing.finish()
         file.attrs.update(attrs or {})
@@ -218,7 +233,7 @@ class _ClipFile:
     "An HDF5 file of trajectories: opened lazily and once per process, checked, picklable."
     def __init__(self, path):
         self.path = Path(path)
-        self._file, self._process = None, None
+        self._file, self._process, self._maps = None, None, {}
         with self._open() as file:
             self.splits = tuple(sorted(name[:-5] for name in file if name.endswith('_data')))  # e.g. ('test', 'train')
             if not self.splits: raise ValueError(f'{path} has no clips: expected datasets train_data and train_idx')
@@ -248,7 +263,7 @@ class _ClipFile:
         name = f'{split}_trajectory'
         return file[name][:] if name in file else np.arange(len(self._starts[split]) - 1)
 
-    def __getstate__(self): return {**self.__dict__, '_file': None, '_process': None}
+    def __getstate__(self): return {**self.__dict__, '_file': None, '_process': None, '_maps': {}}
 
     @property
     def file(self):
@@ -256,7 +271,31 @@ class _ClipFile:
         if self._process != os.getpid(): self._file, self._process = self._open(), os.getpid()
         return self._file
 
+    def close(self):
+        "Close the file; the next access opens it again."
+        if self._file is not None and self._process == os.getpid(): self._file.close()
+        self._file, self._process, self._maps = None, None, {}
+
+    def pixels(self, split):
+        "All frames of a split as a read-only map of the file, uint8 (N, H, W, 3); None where they lie in chunks."
+        if split not in self._maps:
+            data = self.file[f'{split}_data']
+            offset = None if self.file.userblock_size else data.id.get_offset()  # None for chunks, compressed or not
+            mapped = None if offset is None else np.memmap(self.path, np.uint8, 'r', offset, data.shape)
+            self._maps[split] = mapped
+        return self._maps[split]
+
 # %% ../nbs/00_video.ipynb #671a109e
+def cut(
+    pixels: np.ndarray,  # (N, ...)
+    firsts,  # B first frames
+    length: int,  # frames from there on
+) -> np.ndarray:  # (B, length, ...)
+    "Copy several runs of frames out of one long array, each with one memory copy."
+    clips = np.empty((len(firsts), length, *pixels.shape[1:]), pixels.dtype)
+    for clip, first in zip(clips, firsts): clip[:] = pixels[first:first + length]
+    return clips
+
 class ClipStore(_ClipFile):
     "Trajectories in an HDF5 file, VideoGPT's or ours; ValueError or FileNotFoundError say what is wrong with it."
     def __init__(self,
@@ -306,13 +345,22 @@ class ClipStore(_ClipFile):
         keys = [(self.seed, self.trajectory(split, i), start + t) for t in range(len(video))]
         return sensor_noise(video, self.noise, keys)
 
+    def clips(self, split, indices, starts, length):
+        "Several clips of `length` frames, uint8 (B, T, H, W, 3): what `clip` gives, stacked."
+        index, indices, starts = self._index(split), np.asarray(indices), np.asarray(starts)
+        pixels = None if self.noise else self.pixels(split)
+        inside = (0 <= indices) & (indices < len(index) - 1) & (starts >= 0)
+        if pixels is None or not inside.all() or (index[indices] + starts + length > index[indices + 1]).any():
+            return np.stack([self.clip(split, i, start, length) for i, start in zip(indices, starts)])
+        return cut(pixels, index[indices] + starts, length)
+
     def sample(self, split, batch, length, rng):
         "Random clips, uint8 (B, T, H, W, 3): trajectory and start drawn uniformly by the numpy generator `rng`."
         long_enough = np.flatnonzero(np.diff(self._index(split)) >= length)
         if not len(long_enough): raise ValueError(f'{self.path}: no trajectory of split {split!r} has {length} frames')
         chosen = rng.choice(long_enough, batch)
         starts = [rng.integers(self.length(split, i) - length + 1) for i in chosen]
-        return np.stack([self.clip(split, i, start, length) for i, start in zip(chosen, starts)])
+        return self.clips(split, chosen, starts, length)
 
 # %% ../nbs/00_video.ipynb #b1a7e6fe
 PICTURES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp', '.tif', '.tiff', '.gif')
@@ -342,22 +390,27 @@ def _array_frames(path):
     return loaded.reshape(-1, *loaded.shape[-3:])
 
 def _film_frames(path):
-    "All frames of a film, through PyAV."
+    "The frames of a film one after another, through PyAV."
     try: import av
     except ImportError: raise ImportError(f'reading {path} needs PyAV: pip install "vpenc[video]"') from None
     try:
-        with av.open(str(path)) as film: return [frame.to_ndarray(format='rgb24') for frame in film.decode(video=0)]
+        with av.open(str(path)) as film:
+            for frame in film.decode(video=0): yield frame.to_ndarray(format='rgb24')
     except (av.error.FFmpegError, IndexError) as error: raise ValueError(f'cannot read film {path}: {error}') from None
 
 # %% ../nbs/00_video.ipynb #1b4bc32d
-def _read_frames(path):
-    "Frames of one file, and a name for each."
+def _frames_of(path):
+    "The frames of one file, each uint8 (H, W, 3); those of a film are read one after another."
     suffix = path.suffix.lower()
     readers = {**dict.fromkeys(PICTURES, _picture_frames), **dict.fromkeys(FILMS, _film_frames),
                '.npy': _array_frames, '.npz': _array_frames}
     if suffix not in readers:
         raise ValueError(f'{path}: cannot read {suffix or "files without suffix"}{did_you_mean(suffix, readers)}')
-    frames = readers[suffix](path)
+    return readers[suffix](path)
+
+def _read_frames(path):
+    "Frames of one file, and a name for each."
+    frames = list(_frames_of(path))
     if not len(frames): raise ValueError(f'{path} holds no frames')
     return frames, [path.name] if len(frames) == 1 else [f'{path.name}[{i}]' for i in range(len(frames))]
 
@@ -420,3 +473,21 @@ def save_mp4(
         for frame in video: film.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
         film.mux(stream.encode())
     return Path(path)
+
+# %% ../nbs/00_video.ipynb #d1f86b35
+def by_number(name: str) -> list:
+    "A sort key that reads the numbers in a name as numbers: 2.png before 10.png."
+    return [(0, int(part), '') if part.isdigit() else (1, 0, part) for part in re.split(r'([0-9]+)', str(name)) if part]
+
+def read_video(
+    path,  # a film, a GIF, .npy or .npz, or a folder of pictures
+    size: int,  # height and width wanted
+) -> np.ndarray:  # uint8 (T, size, size, 3)
+    "One video, its frames resized and cropped; memory holds the small frames only. ValueError names what is unreadable."
+    path = Path(path)
+    if not path.exists(): raise FileNotFoundError(f'no such video: {path}')
+    files = [path]
+    if path.is_dir(): files = sorted((p for p in path.iterdir() if p.suffix.lower() in PICTURES), key=lambda p: by_number(p.name))
+    small = [to_uint8(as_frames(frame, size), 'unit')[0] for file in files for frame in _frames_of(file)]
+    if not small: raise ValueError(f'{path} holds no frames')
+    return np.stack(small)
