@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHANGED', 'Windows', 'cut_windows', 'load_windows', 'dream_noise', 'condition_of', 'dream_codes', 'decode', 'dream',
-           'reconstruct', 'uncertainty', 'next_code_entropy', 'psnr', 'ssim', 'best_of', 'still', 'frechet', 'fvd',
-           'motion', 'changed', 'share_inside', 'verdict']
+           'encode', 'reconstruct', 'uncertainty', 'next_code_bits', 'psnr', 'ssim', 'best_of', 'still', 'frechet',
+           'fvd', 'motion', 'changed', 'share_inside', 'verdict']
 
 # %% ../nbs/22_futures.ipynb #db2baef2
 import math
@@ -190,15 +190,22 @@ def dream(
 
 
 @torch.no_grad()
-def reconstruct(
+def encode(
     gpt: VideoGPT,
     video,  # uint8 (B,T,H,W,3)
     batch=16,  # clips at a time
+) -> torch.Tensor:  # int64 (B,T',H',W') on the model's device
+    "Clips as codes."
+    return torch.cat([gpt.vqvae.encode(part.to(gpt.fc_out.weight.device)) for part in as_clip(video).split(batch)])
+
+
+def reconstruct(
+    gpt: VideoGPT,
+    video,  # uint8 (B,T,H,W,3)
     truncate=False,  # as for decode
 ) -> np.ndarray:  # uint8 (B,T,H,W,3)
     "A clip through the VQ-VAE and back: the best that the model's codes can show of it."
-    clips = as_clip(video).split(batch)
-    return decode(gpt, torch.cat([gpt.vqvae.encode(part.to(gpt.fc_out.weight.device)) for part in clips]), truncate=truncate)
+    return decode(gpt, encode(gpt, video), truncate=truncate)
 
 # %% ../nbs/22_futures.ipynb #74603fd0
 def uncertainty(
@@ -210,19 +217,20 @@ def uncertainty(
 
 
 @torch.no_grad()
-def next_code_entropy(
+def next_code_bits(
     gpt: VideoGPT,
     frames,  # (B,...) as for dream_codes
-    codes,  # int64 (B,n,T',H',W')
+    codes,  # int64 (B,n,T',H',W'): n sequences for each frame
     batch=8,  # sequences at a time
-) -> torch.Tensor:  # float32 (B,n,T',H',W'), bits
-    "Entropy of the model's prediction of each code from the codes before it."
+) -> tuple:  # two float32 (B,n,T',H',W'), bits
+    "Entropy of the model's prediction of each code from those before it, and the cost of the code that came."
     condition = condition_of(gpt, frames).repeat_interleave(codes.shape[1], 0)
-    found = []
+    entropy, cost = [], []
     for part, given in zip(codes.flatten(0, 1).split(batch), condition.split(batch)):
-        log = gpt.logits(part, given).float().log_softmax(-1)
-        found.append(-(log.exp() * log).sum(-1) / math.log(2))
-    return torch.cat(found).view(codes.shape)
+        bits = gpt.logits(part, given).float().log_softmax(-1) / math.log(2)  # (b,T',H',W',K), log2 of the probabilities
+        entropy.append(-(bits.exp2() * bits).sum(-1))
+        cost.append(-bits.gather(-1, part[..., None])[..., 0])
+    return tuple(torch.cat(found).view(codes.shape) for found in (entropy, cost))
 
 # %% ../nbs/22_futures.ipynb #55b2f6bf
 def psnr(

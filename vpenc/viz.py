@@ -243,16 +243,16 @@ def labelled_film(
         film.append(np.asarray(page))
     return np.stack(film)
 
-# %% ../nbs/50_viz.ipynb #744282eb
+# %% ../nbs/50_viz.ipynb #47fa1f2c
 def filmstrip(
-    rows,  # (T,H,W,3) uint8 clips, or (T,H,W) maps
+    rows,  # (T,H,W,3) clips, uint8 or floats in [0,1]; or (T,H,W) maps
     labels,  # one a row
     times=None,  # one a column, below; 0, 1, 2 ... when None
     given=(),  # (row, column) of each frame that is marked as given
     limits=None,  # (low, high) of the maps' colours; 0 to their largest value otherwise
     unit="",  # of the maps, beside the colour bar
     xlabel="frame",  # below the columns
-    scale=.8,  # inches a frame
+    scale=.9,  # inches a frame
 ):
     "Clips and maps over time, a row each. Returns a figure."
     import matplotlib.pyplot as plt
@@ -261,7 +261,8 @@ def filmstrip(
     low, high = limits or (0, max([each.max() for each in maps], default=1) or 1)
     with style():
         figure, axes = plt.subplots(len(rows), len(times), figsize=((len(times) + 1.6) * scale, len(rows) * scale + .35),
-                                    squeeze=False, layout="compressed", gridspec_kw=dict(wspace=.03, hspace=.03))
+                                    squeeze=False, layout="compressed")
+        figure.get_layout_engine().set(w_pad=.015, h_pad=.015, wspace=0, hspace=0)
         for r, (row, label) in enumerate(zip(rows, labels)):
             for c, axis in enumerate(axes[r]):
                 image = axis.imshow(row[c], cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
