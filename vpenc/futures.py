@@ -334,7 +334,7 @@ def share_inside(
 def verdict(
     moved,  # dict of grey levels a frame: truth, reconstruction, dreams, and floor (a still clip through the VQ-VAE)
     inside=None,  # dict of shares: reconstruction, dreams, chance; None: no masks
-    area=None,  # dict of the arm's area in the last frame, as a share of the true one: reconstruction, dreams; None: not read
+    area=None,  # dict of the arm's area in the last frame, as a share of the true one: reconstruction, dreams, still; None: not read
     overlap=None,  # dict of IoU with the true arm in the last frame: dreams, still
 ) -> str:
     "What the numbers say about the question whether the dreams move the arm on."
@@ -348,10 +348,13 @@ def verdict(
     if not inside["dreams"] > (inside["reconstruction"] + inside["chance"]) / 2:
         return f"No, something else moves: {amount}, but only {place}."
     if area is None: return f"They move where the arm is: {amount}, and {place}."
-    size = f"in the last frame the arm has {area['dreams']:.0%} of its true area (reconstruction {area['reconstruction']:.0%})"
+    size = (f"in the last frame the arm has {area['dreams']:.0%} of its true area (reconstruction {area['reconstruction']:.0%}, "
+            f"the given frame standing still {area['still']:.0%})")
+    met = f"it overlaps the true arm by IoU {overlap['dreams']:.2f} (standing still {overlap['still']:.2f})"
     if area["dreams"] < 2 / 3 * area["reconstruction"]:
-        return (f"No, the arm dissolves: {amount}, and {place}, but {size}. The reconstruction shows what the codes can show, so "
-                "what is lost beyond it is lost in the prediction of the codes, not in the VQ-VAE.")
-    met = f"it overlaps the true arm by IoU {overlap['dreams']:.2f} (the first frame's arm, standing still: {overlap['still']:.2f})"
+        kept = area["reconstruction"] >= 2 / 3
+        blame = ("the VQ-VAE's codes can show the arm, so it is their prediction that loses it" if kept else
+                 "the VQ-VAE's codes lose much of the arm already")
+        return f"No, something moves, but the arm gets lost: {amount}, and {place}, but {size}, and {met}; {blame}."
     if overlap["dreams"] <= overlap["still"]: return f"The arm moves, but not as it did: {amount}, {place}, {size}, but {met}."
     return f"Yes, the arm moves on: {amount}, {place}, {size}, and {met}."
