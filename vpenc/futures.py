@@ -300,7 +300,8 @@ def fvd(
         model = torch.jit.load(str(network), map_location="cpu").eval()
         return frechet(features(real), features(fake))
     except RuntimeError as error:
-        raise ValueError(f"{network}: not a TorchScript I3D for clips of {real.shape[1]} frames ({str(error).strip().splitlines()[-1].split('. ')[0]})") from None
+        why = str(error).strip().splitlines()[-1].split(". ")[0]
+        raise ValueError(f"{network}: not a TorchScript I3D for clips of {real.shape[1]} frames ({why})") from None
 
 # %% ../nbs/22_futures.ipynb #3d4effdc
 CHANGED = 40  # grey levels, mean over colours: a still clip through the shipped VQ-VAE changes by less almost everywhere
@@ -341,7 +342,8 @@ def verdict(
     gained, possible = (max(0., moved[key] - moved["floor"]) for key in ("dreams", "reconstruction"))
     amount = (f"the dreams change by {moved['dreams']:.1f} grey levels a frame (truth {moved['truth']:.1f}, reconstruction "
               f"{moved['reconstruction']:.1f}, a still clip through the VQ-VAE {moved['floor']:.1f})")
-    if gained < possible / 2: return f"No, they hardly move: {amount}."
+    if not possible: return f"Nobody can say: what happened, through the VQ-VAE, moves no more than a still clip; {amount}."
+    if gained < possible / 2 or (inside and math.isnan(inside["dreams"])): return f"No, they hardly move: {amount}."
     if inside is None: return f"They move, but without masks of the arm nobody can say what: {amount}."
     place = (f"{inside['dreams']:.0%} of the pixels that change lie where the true arm passes "
              f"(reconstruction {inside['reconstruction']:.0%}, chance {inside['chance']:.0%})")
