@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAN = ["files", "video", "loader", "sim", "ingest", "bair", "masks", "coco", "vqvae", "videogpt", "magvit", "checkpoints", "pretrain",
-        "encoders", "features", "heads", "losses", "metrics", "probe", "experiment", "runner", "results", "viz", "explore", "label", "cli"]
+        "encoders", "features", "futures", "heads", "losses", "metrics", "probe", "experiment", "runner", "results", "viz", "explore", "label", "cli"]
 MODULES = [name for name in PLAN if (ROOT / "vpenc" / f"{name}.py").exists()]
 
 
@@ -73,7 +73,7 @@ def test_wheel_is_whole_and_small(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     needed = {f"vpenc/{name}.py" for name in MODULES}
     needed |= {f"vpenc/models/videogpt-sim/{name}" for name in ("config.json", "model.safetensors", "README.md")}
-    needed |= {"vpenc/notebooks/ablation.ipynb", "vpenc/notebooks/results.ipynb"}
+    needed |= {f"vpenc/notebooks/{name}.ipynb" for name in ("ablation", "results", "futures")}
     assert needed <= names, f"missing from the wheel: {needed - names}"
 
 

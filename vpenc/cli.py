@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DRAWN', 'data_sim', 'data_bair', 'data_videos', 'data_masks', 'shares_of', 'draw_overlays', 'pretrain', 'convert',
-           'run', 'assignment', 'table', 'predict', 'file_names', 'info', 'parser', 'main']
+           'run', 'assignment', 'table', 'predict', 'file_names', 'futures', 'info', 'parser', 'main']
 
 # %% ../nbs/60_cli.ipynb #ecee55c7
 import argparse, os, sys
@@ -191,6 +191,24 @@ def file_names(names: list) -> list:
     numbered = [re.sub(r"\d+(?=\]$)", lambda digits: digits[0].zfill(4), name) for name in names]  # so that they sort
     return [re.sub(r"[^\w-]+", "-", name).strip("-") for name in numbered]
 
+# %% ../nbs/60_cli.ipynb #ae4175e5
+def futures(args):
+    "`vpenc futures`: run the notebook of that name; what it writes goes to --out."
+    import tempfile
+    from papermill import execute_notebook
+    from papermill.exceptions import PapermillExecutionError
+    from vpenc.runner import _kernel_class, find_notebook
+    folder = Path(args.out).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    given = {name: getattr(args, name) for name in ("weights", "frames", "n", "temperature", "top_k", "seed")}
+    if given["frames"]: given["frames"] = str(_existing(args.frames).resolve())
+    try:
+        with tempfile.TemporaryDirectory(prefix="vpenc-") as sockets:
+            execute_notebook(find_notebook("futures"), folder/"futures.ipynb", given | dict(out=str(folder)),
+                             kernel_manager_class=_kernel_class(sockets))
+    except PapermillExecutionError as error: raise ValueError(f"{error.ename}: {error.evalue}".splitlines()[0]) from None
+    print(f"{folder}: futures.gif, futures.json and the notebook that shows them")
+
 # %% ../nbs/60_cli.ipynb #6fb124e7
 def info(args):
     "`vpenc info`: what to say when asking for help."
@@ -291,6 +309,15 @@ def parser() -> argparse.ArgumentParser:
     apply.add_argument("source", metavar="SOURCE", help="picture, folder of pictures, GIF or video, .npy or .npz")
     apply.add_argument("--out", required=True, metavar="DIR", help="gets masks/ and overlays/")
     apply.add_argument("--threshold", type=float, metavar="P", help="probability (default: chosen on validation)")
+
+    dreams = command("futures", futures, "dream what follows a frame: films, figures, scores")
+    dreams.add_argument("--weights", default="videogpt-sim", metavar="MODEL", help="name, folder or .ckpt (default: videogpt-sim)")
+    dreams.add_argument("--frames", default="", metavar="FILE", help="clips, film or picture (default: simulated clips)")
+    dreams.add_argument("--n", type=int, default=8, help="dreams of each frame (default: 8)")
+    dreams.add_argument("--temperature", type=float, default=.9, help="below 1 sharpens (default: 0.9)")
+    dreams.add_argument("--top-k", type=int, default=16, metavar="K", help="likeliest codes to draw from, 0: all (default: 16)")
+    dreams.add_argument("--seed", type=int, default=0, help="of the dreams (default: 0)")
+    dreams.add_argument("--out", default="outputs/futures", metavar="DIR", help="folder (default: outputs/futures)")
 
     command("info", info, "versions, models and data")
     return top

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'style', 'show_frames', 'overlay', 'show_masks', 'PCAColors', 'pca_rgb', 'flow_rgb', 'id_colors', 'curves',
-           'show_video']
+           'show_video', 'labelled_film', 'filmstrip', 'over_time']
 
 # %% ../nbs/50_viz.ipynb #913a1235
 import numpy as np
@@ -203,13 +203,100 @@ def show_video(
     fps=8,  # frames per second
     scale=2,  # size of a pixel
 ):
-    "An `IPython.display.Image` that plays the clips in a loop."
+    "An `IPython.display.Image` that plays the clips in a loop: an animated PNG."
     import io
     from IPython.display import Image
     from PIL import Image as Picture
     videos = [videos] if np.ndim(videos) == 4 else list(videos)
     frames = np.concatenate(videos, axis=2).repeat(scale, 1).repeat(scale, 2)
-    pictures = [Picture.fromarray(frame) for frame in frames]
-    buffer = io.BytesIO()
-    pictures[0].save(buffer, format="GIF", save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
-    return Image(data=buffer.getvalue(), format="gif")
+    pictures, buffer = [Picture.fromarray(frame) for frame in frames], io.BytesIO()
+    pictures[0].save(buffer, format="PNG", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0)
+    return Image(data=buffer.getvalue(), format="png", width=frames.shape[2])
+
+# %% ../nbs/50_viz.ipynb #52073324
+def labelled_film(
+    videos,  # (T,H,W,3) uint8 each
+    labels,  # one short string a clip
+    columns=6,  # clips in a row
+    scale=2,  # size of a pixel
+    given=0,  # so many first frames are marked as given
+) -> np.ndarray:
+    "One film uint8 (T,H',W',3) of many clips, with even sides, ready for `show_video`, `save_gif` and `save_mp4`."
+    from PIL import Image as Picture, ImageDraw, ImageFont
+    videos = np.stack(videos).repeat(scale, 2).repeat(scale, 3)  # (N,T,h,w,3)
+    if len(labels) != len(videos): raise ValueError(f"labels: one for each of {len(videos)} clips expected; got {len(labels)}")
+    count, frames, h, w, _ = videos.shape
+    gap, head, foot, columns = 6, 16, 8, min(columns, count)
+    rows, font, orange = -(-count // columns), ImageFont.load_default(11), PALETTE["orange"]
+    size = columns * (w + gap) + gap, rows * (h + head) + gap + foot
+    film = []
+    for t in range(frames):
+        page = Picture.new("RGB", tuple(side + side % 2 for side in size), "white")
+        pen = ImageDraw.Draw(page)
+        for i, (video, label) in enumerate(zip(videos, labels)):
+            left, top = gap + i % columns * (w + gap), head + i // columns * (h + head)
+            pen.text((left, top - 15), label, fill="black", font=font)
+            if t < given: pen.rectangle((left - 3, top - 3, left + w + 2, top + h + 2), fill=orange)
+            page.paste(Picture.fromarray(video[t]), (left, top))
+        done = round((size[0] - 2 * gap) * (t + 1) / frames)
+        pen.rectangle((gap, size[1] - foot + 1, gap + done, size[1] - foot + 4), fill=orange if t < given else PALETTE["grey"])
+        film.append(np.asarray(page))
+    return np.stack(film)
+
+# %% ../nbs/50_viz.ipynb #47fa1f2c
+def filmstrip(
+    rows,  # (T,H,W,3) clips, uint8 or floats in [0,1]; or (T,H,W) maps
+    labels,  # one a row
+    times=None,  # one a column, below; 0, 1, 2 ... when None
+    given=(),  # (row, column) of each frame that is marked as given
+    limits=None,  # (low, high) of the maps' colours; 0 to their largest value otherwise
+    unit="",  # of the maps, beside the colour bar
+    xlabel="frame",  # below the columns
+    scale=.9,  # inches a frame
+):
+    "Clips and maps over time, a row each. Returns a figure."
+    import matplotlib.pyplot as plt
+    times = list(range(len(rows[0]))) if times is None else times
+    maps = [np.asarray(row, float) for row in rows if np.ndim(row) == 3]
+    low, high = limits or (0, max([each.max() for each in maps], default=1) or 1)
+    with style():
+        figure, axes = plt.subplots(len(rows), len(times), figsize=((len(times) + 1.6) * scale, len(rows) * scale + .35),
+                                    squeeze=False, layout="compressed")
+        figure.get_layout_engine().set(w_pad=.015, h_pad=.015, wspace=0, hspace=0)
+        for r, (row, label) in enumerate(zip(rows, labels)):
+            for c, axis in enumerate(axes[r]):
+                image = axis.imshow(row[c], cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
+                axis.set(xticks=[], yticks=[])
+                marked = (r, c) in given
+                for side in axis.spines.values():
+                    side.set(visible=marked, color=PALETTE["orange"], linewidth=2)
+            axes[r, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=7)
+            if np.ndim(row) == 3: bar = image
+        for axis, time in zip(axes[-1], times): axis.set_xlabel(time, fontsize=7, labelpad=2)
+        figure.supxlabel(xlabel, fontsize=8)
+        if maps: figure.colorbar(bar, ax=axes, shrink=min(1, 3 / len(rows)), aspect=16, pad=.01).set_label(unit, fontsize=7)
+    return _finish(figure)
+
+# %% ../nbs/50_viz.ipynb #a0f58cb5
+def over_time(
+    panels,  # {y label: {name: (T,) values, or (values, low, high)}}
+    colors=None,  # {name: colour}, so that a name looks the same in every figure
+    start=0,  # time of the first value
+    xlabel="frame",
+):
+    "Line panels with a common time axis and a common legend. Returns a figure."
+    import matplotlib.pyplot as plt
+    colors = colors or {}
+    with style():
+        figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels) + 1.2, 2.3), squeeze=False, layout="constrained")
+        for axis, (label, lines) in zip(axes[0], panels.items()):
+            for name, values in lines.items():
+                middle, *band = values if isinstance(values, tuple) else (values,)
+                time, color = start + np.arange(len(middle)), PALETTE.get(colors.get(name), colors.get(name))
+                (line,) = axis.plot(time, middle, label=name, color=color, marker="o", ms=2.5, lw=1.2)
+                if band: axis.fill_between(time, *band, color=line.get_color(), alpha=.15, lw=0)
+            axis.set(xlabel=xlabel, ylabel=label)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        handles = {name: handle for axis in axes[0] for handle, name in zip(*axis.get_legend_handles_labels())}
+        figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=7)
+    return _finish(figure)
