@@ -112,8 +112,6 @@ def draw_overlays(labels, sheet: Path, folder=None) -> Path:
     some = order[np.unique(np.linspace(0, len(order) - 1, 64).round().astype(int))]
     pictures = [overlay(labels.frames[i], labels.masks[i]) for i in some]
     figure = show_frames(pictures, [f"{labels.split[i]} {labels.trajectory[i]}" for i in some], scale=1.4)
-    figure.axes[0].get_gridspec().update(hspace=.2)  # room for the titles
-    figure.set_figheight(figure.get_figheight() * 1.16)
     sheet = Path(folder)/"sheet.png" if folder else sheet
     with atomic(sheet) as temporary: figure.savefig(temporary, dpi=100, bbox_inches="tight")
     for i in progress(range(len(labels)) if folder else (), desc="overlays"):

@@ -375,13 +375,13 @@ def _picture_frames(path):
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f'cannot read picture {path}: {error}') from None
 
-def _array_frames(path):
-    "uint8 (N, H, W, 3) from .npy or .npz (its array `frames` or `video`, or its only one)."
+def _array_frames(path, key=None):
+    "uint8 (N, H, W, 3) from .npy or .npz (its array `key`, else `frames` or `video`, or its only one)."
     try: loaded = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f'cannot read arrays of {path}: {error}') from None
     if not isinstance(loaded, np.ndarray):
-        names = [n for n in ('frames', 'video') if n in loaded.files] or loaded.files
+        names = [key] if key else [n for n in ('frames', 'video') if n in loaded.files] or loaded.files
         if len(names) != 1: raise ValueError(f'{path} holds arrays {loaded.files}: expected one called frames')
         loaded = loaded[names[0]]
     if loaded.dtype != np.uint8 or loaded.ndim not in (3, 4, 5) or loaded.shape[-1] != 3 or not loaded.size:
@@ -408,8 +408,22 @@ def _frames_of(path):
         raise ValueError(f'{path}: cannot read {suffix or "files without suffix"}{did_you_mean(suffix, readers)}')
     return readers[suffix](path)
 
+def _videos_in(path):
+    "The names of the arrays of an .npz that hold pictures, when it has several and none is called frames or video."
+    try:
+        with np.load(path, allow_pickle=False) as loaded:
+            if {'frames', 'video'} & {*loaded.files}: return []
+            shapes = {name: (loaded[name].dtype, loaded[name].shape) for name in loaded.files}
+    except Exception: return []  # whoever reads it says what is wrong
+    names = [name for name, (dtype, shape) in shapes.items() if dtype == np.uint8 and len(shape) in (4, 5) and shape[-1] == 3]
+    return names if len(names) > 1 else []
+
 def _read_frames(path):
     "Frames of one file, and a name for each."
+    if path.suffix.lower() == '.npz' and (videos := _videos_in(path)):
+        parts = {name: _array_frames(path, name) for name in videos}
+        return ([frame for part in parts.values() for frame in part],
+                [f'{path.name}[{name}, {i}]' for name, part in parts.items() for i in range(len(part))])
     frames = list(_frames_of(path))
     if not len(frames): raise ValueError(f'{path} holds no frames')
     return frames, [path.name] if len(frames) == 1 else [f'{path.name}[{i}]' for i in range(len(frames))]

@@ -24,12 +24,13 @@ def style():
         "svg.fonttype": "none", "pdf.fonttype": 42, "image.interpolation": "nearest"})
 
 # %% ../nbs/50_viz.ipynb #8c9dfec7
-def _figure(rows, columns, scale):
-    "A bare grid of axes for pictures."
+def _figure(rows, columns, scale, titled=False):
+    "A bare grid of axes for pictures; `titled` leaves room for a small title above each."
     import matplotlib.pyplot as plt
     with style():
-        figure, axes = plt.subplots(rows, columns, figsize=(columns * scale, rows * scale), squeeze=False,
-                                    gridspec_kw=dict(wspace=.04, hspace=.04), layout=None)
+        gap = .2 if titled else .04
+        figure, axes = plt.subplots(rows, columns, figsize=(columns * scale, rows * scale * (1 + gap * titled)), squeeze=False,
+                                    gridspec_kw=dict(wspace=.04, hspace=gap), layout=None)
     for axis in axes.flat: axis.set_axis_off()
     return figure, axes
 
@@ -54,7 +55,7 @@ def show_frames(
     count = len(frames)
     columns = min(columns, count)
     low, high = limits or (frames.min(), frames.max())
-    figure, axes = _figure(-(-count // columns), columns, scale)
+    figure, axes = _figure(-(-count // columns), columns, scale, bool(titles) and count > columns)
     for axis, frame in zip(axes.flat, frames):
         axis.imshow(frame, cmap=cmap, vmin=low, vmax=high, interpolation="nearest")
     for axis, title in zip(axes.flat, titles or []): axis.set_title(title, fontsize=7, pad=2)
