@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PLAN = ["files", "video", "sim", "bair", "masks", "vqvae", "videogpt", "magvit", "checkpoints", "pretrain", "encoders", "features",
-        "heads", "losses", "metrics", "probe", "experiment", "runner", "results", "viz", "explore", "label", "cli"]
+PLAN = ["files", "video", "sim", "bair", "masks", "conv", "vqvae", "videogpt", "magvit", "checkpoints", "pretrain", "encoders", "features",
+        "heads", "losses", "metrics", "probe", "experiment", "runner", "results", "viz", "explore", "label", "bench", "cli"]
 MODULES = [name for name in PLAN if (ROOT / "vpenc" / f"{name}.py").exists()]
 
 
