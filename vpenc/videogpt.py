@@ -280,7 +280,7 @@ def attend_sparse(q, k, v, blocks, seen):  # (B,heads,S,d); see sparse_blocks
     Gathered keys are not kept for the backward pass: it gathers again, so that training stores q, k and v alone.
     """
     n, m = blocks.shape
-    cut = [x.reshape(-1, n, BLOCK, x.shape[-1]) for x in (q, k, v)]  # (B*heads, n, 32, d)
+    cut = [x.reshape(-1, n, BLOCK, x.shape[-1]).contiguous() for x in (q, k, v)]  # (B*heads, n, 32, d)
     most = 2**22 if q.device.type == "cpu" else 2**28  # gathered numbers at a time: what a cache, what a memory holds
     rows = max(1, most // (cut[0][:, 0].numel() * m))
     run = _some_blocks
