@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PLAN = ["files", "video", "loader", "sim", "ingest", "bair", "masks", "coco", "vqvae", "videogpt", "magvit", "checkpoints", "pretrain",
-        "encoders", "features", "futures", "heads", "losses", "metrics", "probe", "experiment", "runner", "results", "viz", "explore", "label", "cli"]
+PLAN = ["files", "video", "loader", "sim", "ingest", "bair", "masks", "coco", "conv", "vqvae", "videogpt", "magvit", "checkpoints",
+        "pretrain", "encoders", "features", "futures", "heads", "losses", "metrics", "probe", "experiment", "runner", "results",
+        "viz", "explore", "label", "bench", "cli"]
 MODULES = [name for name in PLAN if (ROOT / "vpenc" / f"{name}.py").exists()]
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DRAWN', 'data_sim', 'data_bair', 'data_videos', 'data_masks', 'shares_of', 'draw_overlays', 'pretrain', 'convert',
-           'run', 'assignment', 'table', 'predict', 'file_names', 'futures', 'info', 'parser', 'main']
+           'run', 'assignment', 'table', 'predict', 'file_names', 'bench', 'futures', 'info', 'parser', 'main']
 
 # %% ../nbs/60_cli.ipynb #ecee55c7
 import argparse, os, sys
@@ -189,6 +189,15 @@ def file_names(names: list) -> list:
     numbered = [re.sub(r"\d+(?=\]$)", lambda digits: digits[0].zfill(4), name) for name in names]  # so that they sort
     return [re.sub(r"[^\w-]+", "-", name).strip("-") for name in numbered]
 
+# %% ../nbs/60_cli.ipynb #e115d16b
+def bench(args):
+    "`vpenc bench`: vpenc against a plain reference, on this machine."
+    from vpenc.bench import as_json, bench, bench_table
+    from vpenc.files import write_json
+    result = bench(args.only, args.quick, args.threads, args.device, args.repeats)
+    print(bench_table(result))
+    if args.json: write_json(args.json, as_json(result))
+
 # %% ../nbs/60_cli.ipynb #ae4175e5
 def futures(args):
     "`vpenc futures`: run the notebook of that name; what it writes goes to --out."
@@ -316,6 +325,14 @@ def parser() -> argparse.ArgumentParser:
     dreams.add_argument("--top-k", type=int, default=16, metavar="K", help="likeliest codes to draw from, 0: all (default: 16)")
     dreams.add_argument("--seed", type=int, default=0, help="of the dreams (default: 0)")
     dreams.add_argument("--out", default="outputs/futures", metavar="DIR", help="folder (default: outputs/futures)")
+    speed = command("bench", bench, "time vpenc against a plain reference on this machine")
+    speed.add_argument("--quick", action="store_true", help="a small model, seconds (its ratios mean nothing)")
+    speed.add_argument("--only", action="append", default=[], metavar="NAME",
+                       help="resnet, encode, forced, sample, latents or bf16 (repeatable)")
+    speed.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
+    speed.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    speed.add_argument("--repeats", type=int, default=3, metavar="N", help="turns; medians count (default: 3)")
+    speed.add_argument("--json", metavar="FILE", help="write the numbers")
 
     command("info", info, "versions, models and data")
     return top
