@@ -318,10 +318,13 @@ def latents_rows(models, repeats, device):
 
     def median(run): return [statistics.median(t) for t in zip(*(timed(run, device)[:2] for _ in range(repeats)))]
 
+    half = gpt.config.layers // 2
     encoding, one_pass = median(lambda: gpt.vqvae.encode(still)), median(lambda: gpt.hidden(codes, frame))
+    half_way = median(lambda: gpt.hidden(codes, frame, layers=half))
     both = [a + b for a, b in zip(encoding, one_pass)]
+    works = (("encode + one pass", both, None), ("one pass", one_pass, 100), (f"one pass to layer {half}", half_way, 100))
     return [Row(f"latents: plain sampling of a clip / {name}", clip.plain, fast, target, None, (clip.wall[0], wall), clip.note)
-            for name, (fast, wall), target in (("encode + one pass", both, None), ("one pass", one_pass, 100))]
+            for name, (fast, wall), target in works]
 
 
 def bf16_rows(models, repeats, device):

@@ -275,9 +275,9 @@ class NoiseEncoder(Encoder):
 class StillPass:
     "One pass over frames (B, 3, H, W), in the range the model is fed; what is not asked for is not computed."
 
-    def __init__(self, model, frames, seed=0):  # a VideoGPT or a VQVAE
+    def __init__(self, model, frames, seed=0, layers=None):  # a VideoGPT or a VQVAE; how many of its blocks are needed
         self.gpt, self.vqvae = (model, model.vqvae) if isinstance(model, VideoGPT) else (None, model)
-        self.frames, self.seed = frames, seed
+        self.frames, self.seed, self.layers = frames, seed, layers
 
     def still(self, length):  # (B, 3, length, H, W)
         return self.frames[:, :, None].expand(-1, -1, length, -1, -1)
@@ -298,9 +298,9 @@ class StillPass:
 
     @cached_property
     def hidden(self):  # (B, T', H', W', D) after each block, then after the final norm
-        if not self.gpt.config.n_cond_frames: return self.gpt.hidden(self.codes)
+        if not self.gpt.config.n_cond_frames: return self.gpt.hidden(self.codes, layers=self.layers)
         features = self.stages[-1].transpose(1, 2)  # (B, C, T, H, W)
-        return self.gpt.hidden(self.codes, features=features)
+        return self.gpt.hidden(self.codes, features=features, layers=self.layers)
 
     @cached_property
     def entropy(self):  # (B, T', H', W'), nats; frame by frame, for the logits are large
@@ -394,7 +394,14 @@ class VideoGPTEncoder(Encoder):
             return [module for name, module in self.model.named_children() if name != "vqvae"]
         return []  # ids and codebook vectors: nearest-neighbour choices pass no gradient
 
-    def compute(self, frames): return self.tapped(StillPass(self.model, frames, self.seed), self.output)
+    def compute(self, frames): return self.tapped(self.still_pass(frames, [self.output]), self.output)
+
+    def still_pass(self, frames, outputs):
+        "The pass that serves these outputs; blocks above the highest layer that is wanted are left out."
+        numbers = [int(output[output.index("[") + 1:-1]) for output in outputs if "[" in output]
+        top = getattr(self.model.config, "layers", 0)  # hidden[top] is the final norm; the entropy needs it too
+        whole = not numbers or max(numbers) == top or "videogpt:entropy" in outputs
+        return StillPass(self.model, frames, self.seed, None if whole else max(numbers) + 1)
 
     def tapped(self, run, output):
         "One tap (its full name) of a pass."
@@ -406,8 +413,8 @@ class VideoGPTEncoder(Encoder):
         names = names or [name for name in known_taps(self.model) if not self.draws(name)]
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
             frames = self.prepare(frames)
-            run = StillPass(self.model, frames, self.seed)
             outputs = {name: full_tap(self.model, name) for name in names}
+            run = self.still_pass(frames, outputs.values())
             return {name: self.wrap(self.tapped(run, output), frames, output) for name, output in outputs.items()}
 
 

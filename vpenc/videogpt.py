@@ -385,13 +385,13 @@ class AttentionStack(nn.Module):
         self.pos_embd = PlaceEmbedding(self.shape, config.hidden_dim)
         self.attn_nets = nn.ModuleList(AttentionBlock(config) for _ in range(config.layers))
 
-    def forward(self, x, context=None, labels=None):
-        "`(B,S,D)`, or the beginning of it, -> the stream after each block."
+    def forward(self, x, context=None, labels=None, layers=None):
+        "`(B,S,D)`, or the beginning of it, -> the stream after each of the first `layers` blocks (None: of all)."
         x, states, n = self.right_shift(x) + self.pos_embd()[: x.shape[1]], [], x.shape[1]
         if not self.sparse: mask = None
         elif self.flex: mask = flex_mask(self.shape, n, x.device)
         else: mask = SparseBlocks(*(part[: n // BLOCK] for part in sparse_blocks(self.shape, x.device)))
-        for block in self.attn_nets: states.append(x := block(x, context, labels, mask))
+        for block in self.attn_nets[:layers]: states.append(x := block(x, context, labels, mask))
         return states
 
 # %% ../nbs/11_videogpt.ipynb #87b89281
@@ -427,15 +427,17 @@ class VideoGPT(nn.Module):
         "ResNet output `(B,C,H,W)` or `(B,C,n,H,W)` -> conditioning vectors `(B, n*H*W, C)` with their places."
         return features.flatten(2).transpose(1, 2) + self.cond_pos_embd()
 
-    def hidden(self, codes, frames=None, labels=None, features=None):
+    def hidden(self, codes, frames=None, labels=None, features=None, layers=None):
         """Teacher-forced hidden states: after each block, then after the final norm; each `(B,T',H',W',D)`.
 
-        `codes` may be the first few time slices only; `features` is `resnet(frames)`, when it is at hand already.
+        `codes` may be the first few time slices only; `features` is `resnet(frames)`, when it is at hand already; with
+        `layers`, only the states after so many blocks are computed.
         """
         context = self._context(len(codes), frames, labels, features)
         x = F.embedding(self._checked(codes).flatten(1), self.fc_in(self.vqvae.codebook.embeddings))  # (B,S,D)
-        states = self.attn_stack(x, context, labels)
-        return [x.unflatten(1, codes.shape[1:]) for x in (*states, self.norm(states[-1], labels))]
+        states = self.attn_stack(x, context, labels, layers)
+        if layers is None: states = [*states, self.norm(states[-1], labels)]
+        return [x.unflatten(1, codes.shape[1:]) for x in states]
 
     def logits(self, codes, frames=None, labels=None, features=None):
         "Teacher-forced logits `(B,T',H',W',K)`: each code from those before it. See `hidden`."
