@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAN = ["files", "video", "loader", "sim", "ingest", "bair", "masks", "coco", "vqvae", "videogpt", "magvit", "checkpoints", "pretrain",
-        "encoders", "features", "futures", "heads", "losses", "metrics", "probe", "experiment", "runner", "results", "viz", "explore", "label", "cli"]
+        "encoders", "features", "futures", "latents", "heads", "losses", "metrics", "probe", "experiment", "runner", "results", "viz", "latent_plots", "explore", "label", "cli"]
 MODULES = [name for name in PLAN if (ROOT / "vpenc" / f"{name}.py").exists()]
 
 
