@@ -78,6 +78,7 @@ def sweep(
     scores,  # tap -> (value, low, high)
     twins,  # tap -> (value, low, high) with random weights
     floors,  # name -> value
+    joined=None,  # taps that lie one behind the other and are joined by a line; None: all of a part
     ylabel="IoU",
 ):
     "Scores against depth. Returns a figure."
@@ -89,7 +90,8 @@ def sweep(
             places = place + np.arange(len(taps))
             for source, fill, shift, line in ((scores, PALETTE[color], -.08, "-"), (twins, "white", .08, ":")):
                 known = [(x, tap) for x, tap in zip(places, taps) if tap in source]
-                axis.plot([x + shift for x, _ in known], [source[tap][0] for _, tap in known], line, color=PALETTE[color], lw=1, zorder=1)
+                chain = [(x, tap) for x, tap in known if joined is None or tap in joined]
+                axis.plot([x + shift for x, _ in chain], [source[tap][0] for _, tap in chain], line, color=PALETTE[color], lw=1, zorder=1)
                 for x, tap in known: _whisker(axis, x + shift, source[tap], fmt="o", color=PALETTE[color], mfc=fill)
             ticks |= dict(zip(places, taps))
             axis.text(places.mean(), 1.02, part, transform=axis.get_xaxis_transform(), ha="center", va="bottom", fontsize=8, color=PALETTE[color])
@@ -210,7 +212,7 @@ def purity_bars(
             _whisker(axis, i + .14, shares["mean"], fmt="D", color="black", label="mean of the classes" if not i else None)
         axis.axhline(chance, color=PALETTE["grey"], ls="--", lw=.8, label="chance (mean)")
         axis.set_xticks(range(len(taps)), list(taps), rotation=35, ha="right", rotation_mode="anchor", fontsize=7)
-        axis.set(ylim=(0, 1), xlim=(-.5, len(taps) - .5), ylabel="neighbours of the same class")
+        axis.set(ylim=(0, 1.03), xlim=(-.5, len(taps) - .5), ylabel="neighbours of same class")
         figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=7)
     return _closed(figure)
 
@@ -269,7 +271,7 @@ def attention_sheet(
                 for head in range(heads):
                     axis = figure.add_axes(box(start + head * side + .01, foot + (layers - 1 - layer) * side + .01, side - .02))
                     image = _picture(axis, np.asarray(each[layer, head]), cmap="magma", vmin=0, vmax=limit)
-                    axis.plot((column + .5) * w / frame.shape[1] - .5, (row + .5) * h / frame.shape[0] - .5, "+", color=PALETTE["sky"], ms=5, mew=1)
+                    axis.plot((column + .5) * w / frame.shape[1] - .5, (row + .5) * h / frame.shape[0] - .5, "o", mfc="none", mec=PALETTE["sky"], ms=7, mew=.9)
                     if layer == layers - 1: axis.set_xlabel(f"head {head + 1}", fontsize=7, labelpad=2)
         for layer in range(layers):
             figure.text((left - .05) / WIDTH, (foot + (layers - .5 - layer) * side) / height, f"layer {layer + 1}", fontsize=7, ha="right", va="center")

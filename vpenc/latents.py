@@ -342,7 +342,8 @@ class Discriminant:
         _, strength, directions = torch.linalg.svd(spread, full_matrices=False)
         directions = directions[:min(2, len(self.names) - 1, width)]
         self.axes = whiten.T @ directions.T  # (C, up to 2)
-        self.axes = self.axes * torch.sign(means[-1] @ self.axes - means[0] @ self.axes + 1e-12)  # the last class to the upper right
+        for i in range(self.axes.shape[1]):  # from the first class, the second lies to the right and the third above
+            self.axes[:, i] *= 1 if (means[min(i + 1, len(means) - 1)] - means[0]) @ self.axes[:, i] >= 0 else -1
         self.centres = (means @ self.axes).numpy()
         return self
 
