@@ -54,7 +54,8 @@ def sheet(
         for r, (label, pictures) in enumerate(rows.items()):
             bottom = height - top - (r + 1) * side
             for c, picture in enumerate(pictures):
-                axis = figure.add_axes([(label_width + c * side) / width, (bottom + gap) / height, (side - gap) / width, (side - gap) / height])
+                corner = (label_width + c * side) / width, (bottom + gap) / height
+                axis = figure.add_axes([*corner, (side - gap) / width, (side - gap) / height])
                 _picture(axis, picture)
                 if columns and not r: axis.set_title(columns[c], fontsize=7, pad=3)
             middle = (bottom + side / 2 + gap / 2) / height
@@ -94,10 +95,12 @@ def sweep(
                 axis.plot([x + shift for x, _ in chain], [source[tap][0] for _, tap in chain], line, color=PALETTE[color], lw=1, zorder=1)
                 for x, tap in known: _whisker(axis, x + shift, source[tap], fmt="o", color=PALETTE[color], mfc=fill)
             ticks |= dict(zip(places, taps))
-            axis.text(places.mean(), 1.02, part, transform=axis.get_xaxis_transform(), ha="center", va="bottom", fontsize=8, color=PALETTE[color])
+            axis.text(places.mean(), 1.02, part, transform=axis.get_xaxis_transform(), ha="center", va="bottom", fontsize=8,
+                      color=PALETTE[color])
             place = places[-1] + 1.6
         _floor_lines(axis, floors)
-        for label, fill in (("trained", "black"), ("random weights", "white")): axis.plot([], [], "o", color="black", mfc=fill, ms=4, label=label)
+        for label, fill in (("trained", "black"), ("random weights", "white")):
+            axis.plot([], [], "o", color="black", mfc=fill, ms=4, label=label)
         axis.legend(fontsize=7, loc="upper right", ncols=2, bbox_to_anchor=(1, 1.0))
         axis.set_xticks(list(ticks), list(ticks.values()), rotation=35, ha="right", rotation_mode="anchor", fontsize=7)
         axis.set(ylabel=ylabel, xlim=(-.6, place - .3))
@@ -111,8 +114,8 @@ def _floor_lines(axis, floors):
     for (name, value), dash in zip(sorted(floors.items(), key=lambda item: item[1]), ("--", "-.", ":", (0, (5, 1)), (0, (1, 3)))):
         axis.axhline(value, color=PALETTE["grey"], lw=.8, ls=dash, zorder=0)
         last = max(value, last + .055 * span)
-        axis.annotate(name, (1, last), xycoords=("axes fraction", "data"), xytext=(3, 0), textcoords="offset points", fontsize=7, va="center",
-                      color="#555555", annotation_clip=False)
+        axis.annotate(name, (1, last), (3, 0), ("axes fraction", "data"), "offset points", fontsize=7, va="center", color="#555555",
+                      annotation_clip=False)
 
 
 def over_latent_time(
@@ -145,7 +148,8 @@ def dimensions(
     "Two panels with the taps as rows. Returns a figure."
     import matplotlib.pyplot as plt
     with style():
-        figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, .55 + .19 * len(taps)), sharey=True, width_ratios=(2, 1), layout="constrained")
+        figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, .55 + .19 * len(taps)), sharey=True, width_ratios=(2, 1),
+                                             layout="constrained")
         rows = np.arange(len(taps))[::-1]
         values = np.array(list(taps.values()), float)
         left.hlines(rows, np.maximum(values[:, 2], 1), values[:, 0], color="#cccccc", lw=1, zorder=0)
@@ -193,8 +197,8 @@ def neighbour_sheet(
             figure.text((label - .06) / WIDTH, (height - top - side * (row + 1.8)) / height, tap, ha="right", va="center", fontsize=7)
         handles = [Rectangle((0, 0), 1, 1, fill=False, ec=PALETTE[color], lw=1.8) for color in CLASS_COLORS.values()]
         handles.append(Rectangle((0, 0), 1, 1, fill=False, ec="black", lw=1.2, ls=(0, (1.2, 1.2))))
-        figure.legend(handles, [*CLASS_COLORS, "another class than the query's"], loc="lower center", ncols=4, fontsize=7, bbox_to_anchor=(.55, -.01),
-                      handlelength=1, handleheight=1, borderpad=0)
+        figure.legend(handles, [*CLASS_COLORS, "another class than the query's"], loc="lower center", ncols=4, fontsize=7,
+                      bbox_to_anchor=(.55, -.01), handlelength=1, handleheight=1, borderpad=0)
     return _closed(figure)
 
 
@@ -208,7 +212,8 @@ def purity_bars(
         figure, axis = plt.subplots(figsize=(WIDTH, 2.4), layout="constrained")
         for i, shares in enumerate(taps.values()):
             for name, color in CLASS_COLORS.items():
-                if name in shares: axis.plot(i - .14, shares[name], CLASS_MARKERS[name], color=PALETTE[color], ms=4, label=name if not i else None)
+                if name not in shares: continue
+                axis.plot(i - .14, shares[name], CLASS_MARKERS[name], color=PALETTE[color], ms=4, label=None if i else name)
             _whisker(axis, i + .14, shares["mean"], fmt="D", color="black", label="mean of the classes" if not i else None)
         axis.axhline(chance, color=PALETTE["grey"], ls="--", lw=.8, label="chance (mean)")
         axis.set_xticks(range(len(taps)), list(taps), rotation=35, ha="right", rotation_mode="anchor", fontsize=7)
@@ -271,11 +276,14 @@ def attention_sheet(
                 for head in range(heads):
                     axis = figure.add_axes(box(start + head * side + .01, foot + (layers - 1 - layer) * side + .01, side - .02))
                     image = _picture(axis, np.asarray(each[layer, head]), cmap="magma", vmin=0, vmax=limit)
-                    axis.plot((column + .5) * w / frame.shape[1] - .5, (row + .5) * h / frame.shape[0] - .5, "o", mfc="none", mec=PALETTE["sky"], ms=7, mew=.9)
+                    here = (column + .5) * w / frame.shape[1] - .5, (row + .5) * h / frame.shape[0] - .5
+                    axis.plot(*here, "o", mfc="none", mec=PALETTE["sky"], ms=7, mew=.9)
                     if layer == layers - 1: axis.set_xlabel(f"head {head + 1}", fontsize=7, labelpad=2)
         for layer in range(layers):
-            figure.text((left - .05) / WIDTH, (foot + (layers - .5 - layer) * side) / height, f"layer {layer + 1}", fontsize=7, ha="right", va="center")
-        bar = figure.colorbar(image, cax=figure.add_axes([(WIDTH - right + .1) / WIDTH, foot / height, .09 / WIDTH, layers * side / height]), extend="max")
+            middle = (foot + (layers - .5 - layer) * side) / height
+            figure.text((left - .05) / WIDTH, middle, f"layer {layer + 1}", fontsize=7, ha="right", va="center")
+        place = figure.add_axes([(WIDTH - right + .1) / WIDTH, foot / height, .09 / WIDTH, layers * side / height])
+        bar = figure.colorbar(image, cax=place, extend="max")
         bar.set_label("attention", fontsize=7)
         bar.ax.tick_params(labelsize=7)
     return _closed(figure)
@@ -295,7 +303,8 @@ def own_place_plot(
         figure, axis = plt.subplots(figsize=(.5 * WIDTH, 2.1), layout="constrained")
         for head in range(heads):
             x = np.arange(1, layers + 1) + (head - (heads - 1) / 2) * .5 / heads
-            axis.plot(x, trained[:, :, head].mean(0), MARKERS[head % len(MARKERS)], color=PALETTE[SERIES[head % len(SERIES)]], ms=4, label=f"head {head + 1}")
+            color = PALETTE[SERIES[head % len(SERIES)]]
+            axis.plot(x, trained[:, :, head].mean(0), MARKERS[head % len(MARKERS)], color=color, ms=4, label=f"head {head + 1}")
         axis.plot(np.arange(1, layers + 1), trained.mean((0, 2)), "_", color="black", ms=22, mew=1.2, label="mean")
         axis.plot(np.arange(1, layers + 1), twin.mean((0, 2)), "_", color=PALETTE["grey"], ms=22, mew=1.2, label="random weights")
         axis.axhline(even, color=PALETTE["grey"], lw=.8, ls="--", label="even")
@@ -322,8 +331,8 @@ def planes(
             y = points[:, 1] if points.shape[1] > 1 else spread  # a single axis: points are spread out across it
             for name, color in CLASS_COLORS.items():
                 chosen = classes == name
-                handles.append(axis.scatter(points[chosen, 0], y[chosen], s=3, marker=CLASS_MARKERS[name], color=PALETTE[color], alpha=.5, lw=0,
-                                            rasterized=True, label=name))
+                handles.append(axis.scatter(points[chosen, 0], y[chosen], s=3, marker=CLASS_MARKERS[name], color=PALETTE[color],
+                                            alpha=.5, lw=0, rasterized=True))
             low, high = np.percentile(points[:, 0], [.5, 99.5]), np.percentile(y, [.5, 99.5])
             for limit, (a, b) in ((axis.set_xlim, low), (axis.set_ylim, high)): limit(a - .12 * (b - a) - 1e-6, b + .12 * (b - a) + 1e-6)
             axis.set(xticks=[], yticks=[])
