@@ -98,13 +98,13 @@ def sweep(
             axis.text(places.mean(), 1.02, part, transform=axis.get_xaxis_transform(), ha="center", va="bottom", fontsize=8,
                       color=PALETTE[color])
             place = places[-1] + 1.6
+        axis.set_ylim(0, 1.18 * max([*floors.values(), *(high for _, _, high in [*scores.values(), *twins.values()])]))
         _floor_lines(axis, floors)
         for label, fill in (("trained", "black"), ("random weights", "white")):
             axis.plot([], [], "o", color="black", mfc=fill, ms=4, label=label)
         axis.legend(fontsize=7, loc="upper right", ncols=2, bbox_to_anchor=(1, 1.0))
         axis.set_xticks(list(ticks), list(ticks.values()), rotation=35, ha="right", rotation_mode="anchor", fontsize=7)
         axis.set(ylabel=ylabel, xlim=(-.6, place - .3))
-        axis.set_ylim(0, 1.18 * max(high for _, _, high in [*scores.values(), *twins.values()]))
     return _closed(figure)
 
 
@@ -133,10 +133,10 @@ def over_latent_time(
             for i, each in enumerate(scores.values()):
                 label = (f"all {len(times) - 1} times" if time == "all" else f"latent time {time + 1}") if not i else None
                 if time in each: _whisker(axis, i + shift, each[time], fmt=marker, color=PALETTE[color], label=label)
+        axis.set_ylim(0, 1.2 * max([*floors.values(), *(high for each in scores.values() for _, _, high in each.values())]))
         _floor_lines(axis, floors)
         axis.set_xticks(range(len(scores)), list(scores), fontsize=7)
         axis.set(ylabel=ylabel, xlim=(-.5, len(scores) - .5))
-        axis.set_ylim(0, 1.2 * max(high for each in scores.values() for _, _, high in each.values()))
         axis.legend(fontsize=7, loc="upper right", ncols=len(times))
     return _closed(figure)
 
@@ -148,7 +148,7 @@ def dimensions(
     "Two panels with the taps as rows. Returns a figure."
     import matplotlib.pyplot as plt
     with style():
-        figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, .55 + .19 * len(taps)), sharey=True, width_ratios=(2, 1),
+        figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, .85 + .18 * len(taps)), sharey=True, width_ratios=(2, 1),
                                              layout="constrained")
         rows = np.arange(len(taps))[::-1]
         values = np.array(list(taps.values()), float)
