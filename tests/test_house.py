@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAN = ["files", "video", "loader", "sim", "ingest", "bair", "masks", "coco", "conv", "vqvae", "videogpt", "magvit", "checkpoints",
-        "pretrain", "encoders", "features", "futures", "heads", "losses", "metrics", "probe", "experiment", "runner", "results",
-        "viz", "explore", "label", "bench", "cli"]
+        "pretrain", "encoders", "features", "futures", "latents", "heads", "losses", "metrics", "probe", "experiment", "runner",
+        "results", "viz", "latent_plots", "explore", "label", "bench", "cli"]
 MODULES = [name for name in PLAN if (ROOT / "vpenc" / f"{name}.py").exists()]
 
 
@@ -74,7 +74,7 @@ def test_wheel_is_whole_and_small(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     needed = {f"vpenc/{name}.py" for name in MODULES}
     needed |= {f"vpenc/models/videogpt-sim/{name}" for name in ("config.json", "model.safetensors", "README.md")}
-    needed |= {f"vpenc/notebooks/{name}.ipynb" for name in ("ablation", "results", "futures")}
+    needed |= {f"vpenc/notebooks/{name}.ipynb" for name in ("ablation", "results", "futures", "latents")}
     assert needed <= names, f"missing from the wheel: {needed - names}"
 
 
