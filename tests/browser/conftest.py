@@ -5,6 +5,7 @@ Pictures are kept in `outputs/browser/`.
 """
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -89,7 +90,7 @@ class Lab:
         if parameters:
             (place,) = [i for i, cell in enumerate(content["cells"]) if "parameters" in cell["metadata"].get("tags", [])]
             known = "".join(content["cells"][place]["source"])
-            unknown = [key for key in parameters if f"{key} =" not in known]
+            unknown = [key for key in parameters if not re.search(rf"^{key}\s*(:[^=]+)?=", known, re.M)]
             assert not unknown, f"{source.name} has no parameter {unknown}"
             plain = {key: str(value) if isinstance(value, Path) else value for key, value in parameters.items()}
             lines = "\n".join(f"{key} = {value!r}" for key, value in plain.items())
