@@ -52,6 +52,7 @@ def read_footage(
     every=1,  # keep every n-th frame of a clip
     split="train",  # of a ClipStore
     trajectory=None,  # pictures and labels: regular expression for the names that tells the clips apart, such as r"traj_(\d+)"
+    category=(),  # of labels that have several: names (COCO) or numbers (pictures), united; more classes with `merge`
 ) -> Footage:
     "Frames to label. FileNotFoundError or ValueError, in one line, when the source does not fit."
     if every < 1 or (clips is not None and clips < 1): raise ValueError(f"every is {every}, clips is {clips}: expected 1 or more")
@@ -62,7 +63,7 @@ def read_footage(
         return Footage.join(films[:clips], range(len(films[:clips])), "array", every)
     if isinstance(source, str) and source.split(":")[0] == "sim" and not Path(source).exists():
         return _simulated(source, size, 12 if clips is None else clips, every)
-    return _stored(source, clips, every, split) if hasattr(source, "clip") else _read_path(Path(source), size, clips, every, split, trajectory)
+    return _stored(source, clips, every, split) if hasattr(source, "clip") else _read_path(Path(source), size, clips, every, split, trajectory, category)
 
 
 def _labelled_footage(labels) -> Footage:
@@ -87,7 +88,7 @@ def _stored(store, clips, every, split) -> Footage:
                         store.path.stem, every)
 
 
-def _read_path(path, size, clips, every, split, trajectory) -> Footage:
+def _read_path(path, size, clips, every, split, trajectory, category) -> Footage:
     "Footage of a file or folder; what holds masks is read as labels."
     import h5py
     from vpenc.coco import COCO_JSON, guess_format, import_labels
@@ -98,9 +99,9 @@ def _read_path(path, size, clips, every, split, trajectory) -> Footage:
     elif h5py.is_hdf5(path):
         with h5py.File(path, "r") as file: labelled = "masks" in file
         if not labelled: return _stored(ClipStore(path), clips, every, split)
-    if labelled: return _labelled_footage(import_labels(path, size=size, trajectory=trajectory))
+    if labelled: return _labelled_footage(import_labels(path, category=[category] if isinstance(category, str) else category, size=size, trajectory=trajectory))
     if path.suffix.lower() in (".npz", ".npy") and (array := _clips_in(path)) is not None:
-        return read_footage(array, size, clips, every)
+        return Footage.join(array[:clips], range(len(array[:clips])), path.stem, every)
     pictures = lambda folder: any(p.suffix.lower() in PICTURES for p in folder.iterdir())
     if not path.is_dir() or pictures(path):
         frames, names = read_pictures(path, size)
@@ -147,7 +148,7 @@ class LabelSession:
         folder,  # of the session; continued when it exists
         source,  # whatever `read_footage` takes
         classes=("robot",),  # names, at most 9; a session that is continued keeps its own and adds new ones
-        **options,  # passed on to `read_footage`: size, clips, every, split, trajectory
+        **options,  # passed on to `read_footage`: size, clips, every, split, trajectory, category
     ):
         self.folder, self.footage = Path(folder), read_footage(source, **options)
         self.keys = frame_keys(self.footage.frames)

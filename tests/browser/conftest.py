@@ -199,7 +199,7 @@ class Notebook:
 def browser():
     "A headless Chromium from the system."
     try: from playwright.sync_api import sync_playwright
-    except ImportError: pytest.skip("browser tests need Playwright: pip install playwright")
+    except ImportError: pytest.skip("browser tests need Playwright: pip install -e '.[browser]'")
     path = os.environ.get("VPENC_CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUMS)), None)
     if not path: pytest.skip(f"browser tests need Chromium on the PATH ({', '.join(CHROMIUMS)}): apt install chromium")
     pytest.importorskip("jupyterlab", reason="browser tests need JupyterLab: pip install -e '.[notebook]'")
