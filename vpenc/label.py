@@ -473,7 +473,9 @@ class LabelView:
         if to == "unlabelled":
             found = self.session.next_unlabelled(self.index)
             if found is None: raise ValueError("every frame is labelled")
-        else: found = dict(next=self.index + 1, previous=self.index - 1)[to] if to in ("next", "previous") else int(to) - 1
+        elif to in ("next", "previous"): found = self.index + (1 if to == "next" else -1)
+        elif str(to).strip().lstrip("-").isdecimal(): found = int(to) - 1
+        else: raise ValueError(f"no frame {to!r}: expected 1 to {last + 1}")
         self.index = min(max(found, 0), last)
 
     def facts(self) -> dict:
