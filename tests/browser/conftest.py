@@ -51,8 +51,8 @@ class Lab:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        environment = dict(os.environ, **own, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"), MPLBACKEND="module://matplotlib_inline.backend_inline",
-                           PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+        environment = dict(os.environ, **own, OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1"),
+                           MPLBACKEND="module://matplotlib_inline.backend_inline", PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
         for name in ("IN_TEST", "VPENC_BATCH"): environment.pop(name, None)
         command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={self.port}",
                    f"--IdentityProvider.token={self.token}", f"--ServerApp.root_dir={self.root}", "--ServerApp.port_retries=0",
@@ -60,7 +60,10 @@ class Lab:
         self.log = folder / "jupyterlab.log"
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(command, cwd=self.root, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        wait_for(self._answers, f"JupyterLab starts (see {self.log})")
+        try: wait_for(self._answers, f"JupyterLab starts (see {self.log})")
+        except BaseException:
+            self.stop()
+            raise
 
     def _settings(self, plugin, **values):
         "Write a JupyterLab user setting, as the Settings editor would."

@@ -180,7 +180,6 @@ def test_paint_kill_and_continue(labelling):
 
 def test_probe_and_export(labelling):
     notebook, pen, tmp_path = labelling
-    pen.press()
     pen.click(1, 1)  # focus, and a first dot
     pen.press("z", "p")
     for number in range(5):  # a polygon around each disc
