@@ -1,4 +1,4 @@
-# vpenc: `make table1` re-runs the paper's Table 1 here; `make test` runs everything that CI runs.
+# vpenc: `make table1` re-runs the paper's Table 1 here; `make test` and `make test-browser` are what CI runs.
 PYTHON ?= python3
 JOBS   ?= 2
 VENV   := .venv
@@ -6,10 +6,10 @@ BIN    := $(VENV)/bin
 OUT    ?= outputs/table1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: table1 test check lab install dev reference clean help
+.PHONY: table1 test test-browser check lab install dev reference clean help
 
 help:  ## this list
-	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(BIN)/.runtime: setup.py settings.ini constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -40,9 +40,16 @@ check: dev  ## notebooks and library in step, notebooks clean, README made from 
 	$(BIN)/nbdev_clean
 	git diff --exit-code --stat
 
-test: dev check  ## everything that CI runs: sync, library notebooks, tests/
+test: dev check  ## sync, library notebooks, tests/
 	$(BIN)/nbdev_test --n_workers $(JOBS) --skip_folder_re '^(analysis|_)' --timing
 	$(BIN)/python -m pytest tests
+
+$(BIN)/.browser: $(BIN)/.dev
+	$(BIN)/python -m pip install -q -e '.[browser]' -c constraints.txt
+	@touch $@
+
+test-browser: $(BIN)/.browser  ## notebooks in JupyterLab and Chromium (from the system; skipped without), pictures in outputs/browser
+	$(BIN)/python -m pytest tests/browser -rs
 
 reference: install  ## publish the last `make table1` in outputs/reference, for the README
 	$(BIN)/python tools/reference.py $(OUT)
