@@ -1018,7 +1018,7 @@ function render({model, el}) {
     shared.mark(shown.state.place);
     shared.apply();
     root.dataset.drawn = shown.seq;
-    root.dataset.complete = !shown.partial;
+    root.dataset.complete = !shown.partial && !shown.fitting;
   };
   const tell = () => {
     const task = model.get("task");
@@ -1122,14 +1122,18 @@ class Session:
         if explorer.drawn(with_futures := replace(state, futures=FUTURES)): state = with_futures
         self.state = self.target = state
         self._show()
-        if self.key is None and explorer.unfitted(state) and explorer._probed(state) not in self.refused:
+        if self.key is None and self._unfitted():
             self._start(("fit", explorer._probed(state)), explorer.fitting(state))
+
+    def _unfitted(self):
+        "Whether the mask is still to come."
+        return self.explorer.unfitted(self.state) and self.explorer._probed(self.state) not in self.refused
 
     def _show(self):
         "Send all panels of the state."
         explorer, state = self.explorer, self.state
-        self.send(shown=dict(seq=self.seq, state=asdict(state), limits=explorer.limits(state), threshold=explorer.threshold(state),
-                             partial=False, samples=explorer.can_sample(state), panels=packed(explorer.views(state))))
+        self.send(shown=dict(seq=self.seq, partial=False, fitting=self._unfitted(), samples=explorer.can_sample(state), state=asdict(state),
+                             limits=explorer.limits(state), threshold=explorer.threshold(state), panels=packed(explorer.views(state))))
 
     def _load(self):
         "Loading the target, and the frame alone as soon as it is there."
@@ -1183,8 +1187,9 @@ def _tell(self: Session, text, share):
 def _end(self: Session):
     "Heavy work is done: show what came of it."
     self.key = self.task = None
-    self.send(task={})
-    self.want(self.target, self.seq)
+    try: self._go(self.target)
+    except Exception as error: return self._fail(error)
+    if self.key is None: self.send(task={})
 
 
 def _fail(self: Session, error):
