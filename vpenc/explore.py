@@ -23,7 +23,8 @@ import torch
 
 from .encoders import Encoder, FeatureMap, load_encoder
 from .files import atomic, did_you_mean, digest, progress, project_root, read_json
-from .viz import PALETTE, PCAColors, id_colors, overlay
+from .videogpt import Decoder, VideoGPT, draw
+from .viz import PCAColors, id_colors, overlay
 
 # %% ../nbs/51_explore.ipynb #14e0e06b
 @dataclass
@@ -328,7 +329,6 @@ def drawing(
 ):
     "Generator over shares done; returns futures uint8 (count,T,H,W,3): the frame's clip, as the model would go on."
     from vpenc.video import to_uint8
-    from vpenc.videogpt import Decoder, draw
     gpt, generator = encoder.model, torch.Generator(encoder.device).manual_seed(seed)
     decoder, codes, drawn = Decoder(gpt, count, condition(encoder, frame, count)), None, []
     positions = math.prod(gpt.latent_shape)
@@ -423,7 +423,7 @@ class Explorer:
         "The set of a state."
         name = state.data or next(iter(self.sources))
         if name not in self.sources: raise ValueError(f"unknown data {name!r}{did_you_mean(name, self.sources)}")
-        if name not in self.sets: self.sets[name] = open_set(self.sources[name])
+        if name not in self.sets: self.sets[name] = replace(open_set(self.sources[name]), name=name)
         return self.sets[name]
 
     def encoder(self, state) -> Encoder:
@@ -639,13 +639,13 @@ def mask_panel(self: Explorer, state, video, masks) -> dict:
 Explorer._probed, Explorer.fitting, Explorer.unfitted = _probed, fitting, unfitted
 Explorer.threshold, Explorer.mask_panel = threshold, mask_panel
 
-# %% ../nbs/51_explore.ipynb #7f856670
+# %% ../nbs/51_explore.ipynb #1bc06843
 FUTURES = 3  # samples that the widget's button draws
 
 
 def can_sample(self: Explorer, state) -> bool:
     "Whether the encoder holds a model that draws futures."
-    return hasattr(getattr(self.encoder(state), "model", None), "sample")
+    return isinstance(getattr(self.encoder(state), "model", None), VideoGPT)
 
 
 def sampling(self: Explorer, state):
@@ -674,20 +674,22 @@ def futures_panel(self: Explorer, state, video) -> dict:
 
 Explorer.can_sample, Explorer.sampling, Explorer.drawn, Explorer.futures_panel = can_sample, sampling, drawn, futures_panel
 
-# %% ../nbs/51_explore.ipynb #ae293be9
+# %% ../nbs/51_explore.ipynb #151ea160
 def preparing(self: Explorer, state):
-    "Generator of shares: everything that a state needs, in order."
-    for work in (self.loading, self.fitting, *([self.sampling] if state.futures else [])):
-        for _, share in work(state): yield share
+    "Generator of (what is done, share): everything that a state needs, in order; nothing if all of it is at hand."
+    if not self.ready(state): yield from self.loading(state)
+    yield from self.fitting(state)
+    if state.futures: yield from self.sampling(state)
 
 
 def panels(self: Explorer, state=ExploreState()) -> dict:
     "Name -> Panel, all of them; computes what is missing, with a progress bar."
-    work = self.preparing(state)
-    first = next(work, None)
-    if not self.ready(state) or state.futures: finish(work, "exploring")
-    else:
-        for _ in work: pass
+    bar = None
+    for text, share in self.preparing(state):
+        bar = bar or progress(total=100, unit="%")
+        bar.n = int(100 * share)
+        bar.set_description(text)
+    if bar is not None: bar.close()
     return self.views(state)
 
 
@@ -713,7 +715,8 @@ def figure(
             axis = figure.add_subplot(grid[divmod(i, 4)])
             height, width = panel.image.shape[:2]
             axis.imshow(panel.image, interpolation="nearest", extent=(0, width, height, 0))
-            if panel.linked: axis.plot(state.place[1] * width, state.place[0] * height, "+", color="white", mec="black", ms=7, mew=.8)
+            for color, thick in (("black", 2.2), ("white", .9)) * panel.linked:
+                axis.plot(state.place[1] * width, state.place[0] * height, "+", color=color, ms=7, mew=thick)
             axis.set_title("\n".join(_wrapped(panel.title)), fontsize=6.5, pad=3)
             axis.set_axis_off()
         if futures is not None:
@@ -851,7 +854,7 @@ function controls(choices, ask) {
 PANELS_JS = """
 // one panel: title, canvas, marks; `draw(panel)` puts another picture into the same canvas
 function pictureBox(name) {
-  const canvas = make("canvas"), cell = make("div", {className: "cell"}), cross = make("div", {className: "cross"});
+  const canvas = make("canvas"), cell = make("div", {className: "cell", hidden: true}), cross = make("div", {className: "cross"});
   const stage = make("div", {className: "stage"}, canvas, cell, cross), view = make("div", {className: "window", tabIndex: 0}, stage);
   const title = make("figcaption"), root = make("figure", {}, title, view);
   root.dataset.panel = name;
@@ -891,7 +894,7 @@ function link(boxes, readout, ask) {
   const hover = place => {
     const words = [];
     for (const box of linked()) {
-      box.cell.style.display = inside(place) ? "" : "none";
+      box.cell.hidden = !inside(place);
       if (!inside(place)) continue;
       const [column, row] = index(box, place), {width, height} = box.shown;
       Object.assign(box.cell.style, {left: `${100 * column / width}%`, top: `${100 * row / height}%`, width: `${100 / width}%`, height: `${100 / height}%`});
@@ -1056,7 +1059,8 @@ WIDGET_CSS = """
 .vpenc-explorer .stage { position: absolute; inset: 0; transform-origin: 0 0; }
 .vpenc-explorer canvas { width: 100%; height: 100%; display: block; image-rendering: pixelated; }
 .vpenc-explorer .linked .window { cursor: crosshair; }
-.vpenc-explorer .cell, .vpenc-explorer .cross { position: absolute; pointer-events: none; display: none; }
+.vpenc-explorer .cell, .vpenc-explorer .cross { position: absolute; pointer-events: none; }
+.vpenc-explorer .cross { display: none; }
 .vpenc-explorer .linked .cell { box-sizing: border-box; min-width: 2px; box-shadow: 0 0 0 calc(1px / var(--zoom, 1)) white, 0 0 0 calc(2px / var(--zoom, 1)) black; }
 .vpenc-explorer .linked .cross { display: block; width: 0; height: 0; transform: scale(calc(1 / var(--zoom, 1))); }
 .vpenc-explorer .cross::before, .vpenc-explorer .cross::after { content: ""; position: absolute; background: white; box-shadow: 0 0 0 1px black; }
@@ -1069,7 +1073,7 @@ WIDGET_CSS = """
 .vpenc-explorer progress { width: 110px; }
 .vpenc-explorer figure[data-panel=futures] .window { aspect-ratio: 2; width: 75%; }
 .vpenc-explorer .code pre { font-family: var(--jp-code-font-family, monospace); font-size: 11px; padding: 6px; margin: 4px 0; max-height: 320px; overflow: auto; background: var(--jp-layout-color2, #f4f4f4); }
-.vpenc-explorer [hidden] { display: none; }
+.vpenc-explorer [hidden] { display: none !important; }
 """
 
 # %% ../nbs/51_explore.ipynb #359d6b3d
@@ -1203,7 +1207,7 @@ def _fail(self: Session, error):
 
 def _stop(self: Session):
     "Stop heavy work."
-    if self.task is not None and self.task is not _current(): self.task.cancel()
+    if self.task is not None and self.task is not _current(): self.task.cancel()  # a task that fails is not cancelled as well
     self.key = self.task = None
 
 
@@ -1271,10 +1275,28 @@ def widget_class():
 
         def __init__(self, explorer, state, folder):
             super().__init__(choices=dict(data=list(explorer.sources), encoder=list(explorer.models)))
-            self.explorer, self.session = explorer, Session(explorer, state, self.tell, folder)
-            self.observe(lambda change: self.session.want(state_of(change.new), change.new.get("seq", 0)), "wanted")
-            self.on_msg(lambda _, message, buffers: self.session.act(message.get("do")))
+            self.explorer, self.session, self.wish = explorer, Session(explorer, state, self.tell, folder), None
+            try: self.home = asyncio.get_running_loop()
+            except RuntimeError: self.home = None
+            self.observe(self.wished, "wanted")
+            self.on_msg(lambda _, message, buffers: self.at_home(self.session.act, message.get("do")))
             self.session.want(state)
+
+        def at_home(self, function, *arguments):
+            "Call on the event loop of the cell: JupyterLab delivers messages of widgets on a thread of their own."
+            try: loop = asyncio.get_running_loop()
+            except RuntimeError: loop = None
+            if self.home is None or self.home is loop: function(*arguments)
+            else: self.home.call_soon_threadsafe(function, *arguments)
+
+        def wished(self, change):
+            self.wish = change.new
+            self.at_home(self.grant)
+
+        def grant(self):
+            "Show the newest wish; the older ones are forgotten."
+            wish, self.wish = self.wish, None
+            if wish is not None: self.session.want(state_of(wish), wish.get("seq", 0))
 
         def tell(self, **said):
             for name, value in said.items(): setattr(self, name, value)
