@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PLAN = ["files", "video", "loader", "sim", "ingest", "bair", "masks", "coco", "vqvae", "videogpt", "magvit", "checkpoints", "pretrain",
-        "encoders", "features", "heads", "losses", "metrics", "probe", "experiment", "runner", "results", "viz", "explore", "label", "cli"]
+PLAN = ["files", "video", "loader", "sim", "shards", "ingest", "bair", "masks", "coco", "vqvae", "videogpt", "magvit", "checkpoints", "training",
+        "pretrain", "scale", "encoders", "features", "heads", "losses", "metrics", "probe", "experiment", "runner", "results", "viz", "explore", "label", "cli"]
 MODULES = [name for name in PLAN if (ROOT / "vpenc" / f"{name}.py").exists()]
 
 

@@ -267,7 +267,7 @@ class Stage:
     loss: callable  # (what was loaded, step) -> dict of scalars to be logged, with 'loss'
     validate: callable  # () -> dict of numbers
     count: int  # windows of training clips
-    pictures: callable = lambda log, step: None  # called after each validation
+    pictures: callable = lambda log, step, final: None  # called after a validation, at most every 15 seconds and at the end
     reported: callable = lambda: None  # called after each checkpoint
 
     @property
@@ -352,6 +352,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(stage.parameters, lr=plan.learning_rate, betas=plan.betas, weight_decay=plan.weight_decay)
         self.average = AverageWeights(stage.modules, plan.average) if plan.average else None
         self.step, self.minutes, self.done, self.sums, self.summed = 0, 0., False, {}, 0
+        self.drawn = -math.inf  # when pictures were last drawn
         if self.path.exists(): self._load(team.device)
 
     def save(self):
@@ -460,7 +461,9 @@ def _report(run: Run, log: Log, team: Team, learning: float):
         with run.averaged():
             row |= {k: np.round(v, 4).tolist() for k, v in run.stage.validate().items()}
             log.add(row)
-            run.stage.pictures(log, run.step)
+            if run.done or time.monotonic() - run.drawn > 15:
+                run.stage.pictures(log, run.step, run.done)
+                run.drawn = time.monotonic()
         run.save()
         with run.averaged(): run.stage.reported()
     team.wait()
