@@ -99,7 +99,7 @@ PRESETS = {
 }
 
 # %% ../nbs/14_pretrain.ipynb #fe2375df
-def configure(preset: str = "tiny", **settings) -> PretrainConfig:
+def configure(preset: str = "tiny", /, **settings) -> PretrainConfig:
     "A preset with changes; text is read as Python. ValueError names what is unknown or does not fit."
     if preset not in PRESETS: raise ValueError(f"preset: unknown {preset!r}{did_you_mean(preset, PRESETS)}")
     config = PRESETS[preset]
@@ -313,7 +313,7 @@ def train_vqvae(
     length = config.model.vqvae.sequence_length
     clips = Clips(store, "train", length, config.color_jitter, config.seed)
     test = Clips(store, "test", length, limit=config.validation_clips)
-    restarts = set() if init else set(config.codebook_restarts)
+    restarts = set() if init else {0, *config.codebook_restarts}  # 0: also when a checkpoint of step 0 was loaded
 
     def loss(video, step):
         if step in restarts: vqvae.codebook.needs_init = True

@@ -66,7 +66,8 @@ class Team:
         except ModuleNotFoundError: raise ImportError("several processes need accelerate: pip install 'vpenc[train]'") from None
         own = DistributedDataParallelKwargs(broadcast_buffers=False)  # buffers are kept equal where they are computed
         self.accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[own])
-        self.rank, self.device = self.accelerator.process_index, self.accelerator.device
+        self.rank = self.accelerator.process_index
+        self.device = torch.device("cpu") if cpu else self.accelerator.device
 
     @property
     def main(self): return self.rank == 0
@@ -353,7 +354,7 @@ class Run:
         self.average = AverageWeights(stage.modules, plan.average) if plan.average else None
         self.step, self.minutes, self.done, self.sums, self.summed = 0, 0., False, {}, 0
         self.drawn = -math.inf  # when pictures were last drawn
-        if self.path.exists(): self._load(team.device)
+        if self.path.exists(): self._load()
 
     def save(self):
         "Write the checkpoint under a temporary name and rename it."
@@ -362,8 +363,8 @@ class Run:
         if self.average: state["average"] = self.average.state_dict()
         with atomic(self.path) as temporary: torch.save(state, temporary)
 
-    def _load(self, device):
-        try: state = torch.load(self.path, map_location=device, weights_only=True)
+    def _load(self):
+        try: state = torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as error: raise ValueError(f"{self.path}: not a readable checkpoint ({error})") from None
         self.stage.modules.load_state_dict(state["modules"])
         self.optimizer.load_state_dict(state["optimizer"])
