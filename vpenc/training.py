@@ -8,7 +8,7 @@ __all__ = ['PRECISIONS', 'seeded', 'epoch_order', 'batch_indices', 'learning_rat
            'Stage', 'Plan', 'batches', 'take_step', 'Run', 'Stopped', 'Stop', 'run_stage']
 
 # %% ../nbs/14_training.ipynb #fa421379
-import contextlib, functools, json, math, os, signal, sys, threading, time
+import contextlib, functools, json, math, os, signal, threading, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,7 +74,10 @@ class Team:
 
     def wrap(self, module):
         "`module` with gradients averaged over the processes."
-        return self.accelerator.prepare(module) if self.accelerator else module
+        if not self.accelerator: return module
+        with warnings.catch_warnings():  # accelerate still speaks of `broadcast_buffers`, which torch is renaming
+            warnings.simplefilter("ignore", FutureWarning)
+            return self.accelerator.prepare(module)
 
     def alone(self, module):
         "Inside the block gradients are not averaged yet (more micro-batches follow)."
