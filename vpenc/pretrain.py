@@ -272,7 +272,8 @@ def validate_vqvae(vqvae: VQVAE, clips: Clips, n: int, device="cpu") -> dict:  #
 def plot_log(rows: list[dict]):
     "Figure of the three stages: reconstruction, use of the codebook, code loss of each latent time, mask read-out."
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 2.6), dpi=80, layout="constrained")
+    figure = Figure(figsize=(12, 2.8), dpi=80)
+    figure.subplots_adjust(left=.05, right=.99, bottom=.17, top=.9, wspace=.28)
     quality, usage, nats, readout = figure.subplots(1, 4)
     of = lambda stage, key: [(r["minutes"], r[key]) for r in rows if r["stage"] == stage and key in r]
     if points := of("vqvae", "psnr"): quality.plot(*zip(*points), color="black")
@@ -335,7 +336,7 @@ def train_vqvae(
 
 @torch.no_grad()
 def draw_reconstructions(vqvae: VQVAE, clips: Clips, device="cpu"):
-    "Figure: two clips, above as they are, below after encoding and decoding."
+    "Picture: two clips, above as they are, below after encoding and decoding."
     training = vqvae.training
     vqvae.eval()
     clip = clips.batch(range(min(2, len(clips)))).to(device)
@@ -345,18 +346,17 @@ def draw_reconstructions(vqvae: VQVAE, clips: Clips, device="cpu"):
     return film_strips(rows, [f"{name} {i}" for i in range(len(clip)) for name in ("clip", "reconstruction")])
 
 
-def film_strips(videos: list, names: list, frames: int = 8):
-    "Figure: one row of at most `frames` pictures for each uint8 video (T, H, W, 3)."
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(frames + .8, 1.05 * len(videos)), dpi=80, layout="constrained")
-    grid = figure.subplots(len(videos), frames, squeeze=False)
-    for row, video, name in zip(grid, videos, names):
-        times = np.linspace(0, len(video) - 1, frames).round().astype(int)
-        for ax, t in zip(row, times):
-            ax.imshow(video[t])
-            ax.set_xticks([]), ax.set_yticks([])
-        row[0].set_ylabel(name, fontsize=8)
-    return figure
+def film_strips(videos: list, names: list, frames: int = 8, zoom: int = 2) -> np.ndarray:  # uint8 (H, W, 3)
+    "One row of at most `frames` pictures for each uint8 video (T, H, W, 3), with its name in front."
+    from PIL import Image, ImageDraw
+    rows, margin = [], 96
+    for video, name in zip(videos, names):
+        times = np.linspace(0, len(video) - 1, min(frames, len(video))).round().astype(int)
+        strip = np.pad(video[times].repeat(zoom, 1).repeat(zoom, 2), ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=255)
+        label = Image.new("RGB", (margin, strip.shape[1]), "white")
+        ImageDraw.Draw(label).text((4, strip.shape[1] // 2 - 6), name, fill="black")
+        rows.append(np.concatenate([np.asarray(label), *strip], 1))
+    return np.concatenate(rows)
 
 # %% ../nbs/14_pretrain.ipynb #11c94d43
 PART = 4096  # windows in a file of codes
@@ -426,6 +426,7 @@ def mask_readout_r2(
     resnet: nn.Module,  # frames (B, 3, H, W) centred -> (B, C, h, w)
     store: ClipStore,  # needs the field `masks`
     split: str = "test",
+    clips: int = 64,  # at most so many clips
     frames_per_clip: int = 4,  # spread over the clip
     fit: float = .6,  # share of the clips to fit on; the rest is scored
     device="cpu",
@@ -433,7 +434,7 @@ def mask_readout_r2(
     "Held-out R2 of the robot mask, averaged to the feature grid, read linearly from `resnet`'s output."
     features, shares, training = [], [], resnet.training
     resnet.eval()
-    for clip in range(store.count(split)):
+    for clip in range(min(clips, store.count(split))):
         times = np.linspace(0, store.length(split, clip) - 1, frames_per_clip).round().astype(int)
         frames = as_clip(store.clip(split, clip)[times])[0].movedim(1, 0)  # (n, 3, H, W)
         maps = resnet(frames.to(device)).float().cpu()  # (n, C, h, w)
@@ -510,7 +511,7 @@ def validate_codes(
         losses = [code_loss(function(*test.batch(b)), test.batch(b)[1]).cpu() * len(b) for b in batches]
         result[name] = (sum(losses) / len(test)).tolist()
     store = test.clips.store
-    if resnet is not None and has_masks(store): result["mask_r2"] = mask_readout_r2(resnet, store, device=test.device)
+    if resnet is not None and store.count("test") > 1 and has_masks(store): result["mask_r2"] = mask_readout_r2(resnet, store, device=test.device)
     return result
 
 
@@ -630,7 +631,7 @@ def gpt_stage(
 
 
 def draw_dreams(gpt: VideoGPT, test: CodeData, device, n: int = 2):
-    "Figure: what happened in `n` test clips, and what the GPT makes of their first frames (one sample each)."
+    "Picture: what happened in `n` test clips, and what the GPT makes of their first frames (one sample each)."
     training = gpt.training
     gpt.eval()
     frames, codes = test.batch(range(min(n, len(test))))

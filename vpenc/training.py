@@ -251,10 +251,15 @@ class Log:
             self.writers[row["stage"]].flush()
         if self.wandb: self.wandb.log({f"{row['stage']}/{k}": v for k, v in flat.items()} | {f"{row['stage']}/step": row["step"]})
 
-    def picture(self, stage: str, name: str, figure, step: int):
-        "Replace `NAME.png` in the run's folder by a matplotlib figure."
-        with atomic(self.out/f"{name}.png") as temporary: figure.savefig(temporary)
-        if stage in self.writers: self.writers[stage].add_figure(name, figure, step, close=False)
+    def picture(self, stage: str, name: str, picture, step: int):
+        "Replace `NAME.png` in the run's folder: a matplotlib figure, or pixels uint8 (H, W, 3)."
+        with atomic(self.out/f"{name}.png") as temporary:
+            if isinstance(picture, np.ndarray):
+                from PIL import Image
+                Image.fromarray(picture).save(temporary)
+            else: picture.savefig(temporary)
+        if stage in self.writers and isinstance(picture, np.ndarray):  # TensorBoard draws the curves itself
+            self.writers[stage].add_image(name, picture, step, dataformats="HWC")
 
     def close(self):
         "Finish what is open."
