@@ -339,7 +339,7 @@ def draw_reconstructions(vqvae: VQVAE, clips: Clips, device="cpu"):
     "Picture: two clips, above as they are, below after encoding and decoding."
     training = vqvae.training
     vqvae.eval()
-    clip = clips.batch(range(min(2, len(clips)))).to(device)
+    clip = clips.batch(sorted({0, len(clips) // 2})).to(device)  # of different clips
     recon = vqvae.decode(vqvae.encode(clip))
     vqvae.train(training)
     rows = [to_uint8(video[i:i + 1], "centered")[0] for i in range(len(clip)) for video in (clip, recon)]
@@ -634,7 +634,7 @@ def draw_dreams(gpt: VideoGPT, test: CodeData, device, n: int = 2):
     "Picture: what happened in `n` test clips, and what the GPT makes of their first frames (one sample each)."
     training = gpt.training
     gpt.eval()
-    frames, codes = test.batch(range(min(n, len(test))))
+    frames, codes = test.batch(sorted({i * len(test) // n for i in range(n)}))  # of different clips
     drawn = gpt.sample(frames, generator=torch.Generator(device).manual_seed(0))
     videos = [to_uint8(gpt.vqvae.decode(c), "centered") for c in (codes, drawn)]
     gpt.train(training)
