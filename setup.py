@@ -14,9 +14,10 @@ def requirements(name: str) -> list[str]:
     return settings.get(name, "").split()
 
 
-extras = {name: requirements(f"{name}_requirements") for name in ("notebook", "cluster", "video", "coco", "bair", "label", "browser", "dev")}
+extras = {name: requirements(f"{name}_requirements")
+          for name in ("notebook", "cluster", "train", "video", "coco", "bair", "label", "browser", "dev")}
 extras["notebook"] += extras["label"]
-extras["dev"] += extras["notebook"] + extras["video"] + extras["coco"]
+extras["dev"] += extras["notebook"] + extras["train"] + extras["video"] + extras["coco"]
 
 setup(
     name=settings["lib_name"],

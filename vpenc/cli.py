@@ -122,9 +122,15 @@ def draw_overlays(labels, sheet: Path, folder=None) -> Path:
 # %% ../nbs/60_cli.ipynb #65d6b47e
 def pretrain(args):
     "`vpenc pretrain`: a video prediction model from clips; resumes when it was interrupted."
-    from vpenc.pretrain import PRESETS, pretrain
-    _known("preset", args.preset, PRESETS)
-    print(pretrain(_existing(args.data), args.out, preset=args.preset))
+    from vpenc.pretrain import configure, pretrain
+    changes, data = dict(map(assignment, args.set)), args.data
+    configure(args.preset, **changes)  # complains before clips are simulated
+    if data == "sim":
+        from vpenc.files import data_home
+        _clips(data := data_home()/"sim-bair-clips.h5", "bair", args.clips)
+    folder = pretrain(data, args.out, args.preset, stage=args.stage, init=args.init, device=args.device, workers=args.workers,
+                      tensorboard=not args.no_tensorboard, wandb="vpenc" if args.wandb else None, stop_after=args.stop_after, **changes)
+    if os.environ.get("RANK", "0") == "0": print(folder)  # under torchrun, one of many says so
 
 # %% ../nbs/60_cli.ipynb #2d1e26af
 def convert(args):
@@ -288,10 +294,20 @@ def parser() -> argparse.ArgumentParser:
                         help="share of the videos held out (default: folders train/ and test/ if there, else 0.1)")
     videos.add_argument("--jobs", type=int, metavar="N", help="processes (default: one per core)")
 
-    train = command("pretrain", pretrain, "train a VQ-VAE and a VideoGPT on clips")
-    train.add_argument("data", metavar="CLIPS", help="HDF5 file of clips")
+    train = command("pretrain", pretrain, "train a VQ-VAE and a VideoGPT on clips; the same command resumes; torchrun starts several")
+    train.add_argument("data", metavar="CLIPS", help="HDF5 file of clips, folder of such files, pattern, or sim: simulate them first")
     train.add_argument("--preset", default="tiny", help="tiny, small or bair (default: tiny)")
-    train.add_argument("--out", required=True, metavar="DIR", help="folder of the model")
+    train.add_argument("--out", required=True, metavar="DIR", help="gets checkpoints, log, pictures and model/")
+    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                       help="a setting, such as steps=500, steps_gpt=800, hidden_dim=96 or aligned=False (repeatable)")
+    train.add_argument("--stage", metavar="STAGE", help="only a part: vqvae, or gpt on top of it (default: both)")
+    train.add_argument("--init", metavar="MODEL", help="start from a model; with --stage gpt, from its VQ-VAE")
+    train.add_argument("--device", metavar="NAME", help="cpu or cuda (default: cuda when there is one)")
+    train.add_argument("--workers", type=int, metavar="N", help="processes that load ahead (default: 0 on a CPU, up to 8 for a GPU)")
+    train.add_argument("--stop-after", type=float, metavar="MINUTES", help="leave a checkpoint and stop after so long")
+    train.add_argument("--clips", type=int, default=1000, metavar="N", help="with sim: how many (default: 1000)")
+    train.add_argument("--no-tensorboard", action="store_true", help="no TensorBoard files")
+    train.add_argument("--wandb", action="store_true", help="log to Weights & Biases as well")
 
     turned = command("convert", convert, "turn an original VideoGPT or VQ-VAE checkpoint into a folder of vpenc's")
     turned.add_argument("checkpoint", metavar="CKPT", help="original .ckpt file; it is read without running anything in it")
