@@ -14,6 +14,7 @@ from vpenc.metrics import iou_per_image
 from vpenc.viz import show_masks
 
 ROOT = Path(__file__).resolve().parent.parent
+FILM = ROOT / "outputs" / "browser" / "explorer.gif"  # of the browser tests, when they have run
 SHOWN = "videogpt-resnet_attention_corrected"  # the row whose notebook and masks are published
 
 
@@ -31,8 +32,10 @@ def draw_masks(probe: Path, path: Path, count: int = 5):
 def main() -> int:
     batch, reference = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "outputs" / "table1"), ROOT / "outputs" / "reference"
     reference.mkdir(parents=True, exist_ok=True)
-    for old in reference.iterdir(): old.unlink()
-    for path in [*batch.glob("table*"), *batch.glob("*.json")]: shutil.copy(path, reference)
+    for old in reference.iterdir():
+        if old.name != FILM.name: old.unlink()
+    films = [FILM] if FILM.exists() else []
+    for path in [*batch.glob("table*"), *batch.glob("*.json"), *films]: shutil.copy(path, reference)
     text = (batch / f"{SHOWN}.ipynb").read_text(encoding="utf-8")
     (reference / f"{SHOWN}.ipynb").write_text(text.replace(f"{ROOT}/", ""), encoding="utf-8")  # no path of this machine
     draw_masks(batch / "probes" / SHOWN, reference / "masks.png")

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LONG', 'POSITIONS', 'WORKS', 'moved', 'padded_conv', 'plain_attention', 'Plain', 'logits', 'PlainDecoder', 'Row',
            'timed', 'race', 'bench_model', 'sampling_rows', 'resnet_rows', 'encode_rows', 'forced_rows', 'sample_rows',
-           'latents_rows', 'bf16_rows', 'bench', 'machine', 'cpu_name', 'as_json', 'bench_table', 'bench_bars']
+           'latents_rows', 'bf16_rows', 'bench', 'machine', 'cpu_name', 'as_json', 'bench_table', 'bench_bars',
+           'browser_table']
 
 # %% ../nbs/52_bench.ipynb #2289a913
 import copy, math, os, platform, statistics, time
@@ -427,3 +428,16 @@ def bench_bars(result):
     ax.axvline(1, color="grey", lw=0.8)
     fig.tight_layout()
     return fig
+
+# %% ../nbs/52_bench.ipynb #b3c0aa02
+def browser_table(path=None) -> str:
+    "Interaction times of the explorer as text (see `vpenc.explore.interaction_times`); one line when they have not been measured."
+    from vpenc.explore import interaction_times
+    try: found = interaction_times(path)
+    except FileNotFoundError: return "explorer in the browser: not measured here (make test-browser measures it)"
+    lines = [("explorer in the browser", "median", "worst", "of")]
+    lines += [(name, f"{t['median']:.0f} ms", f"{t['worst']:.0f} ms", str(t["n"])) for name, t in found["times"].items()]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    text = [" | ".join(cell.ljust(n) if i == 0 else cell.rjust(n) for i, (cell, n) in enumerate(zip(line, widths))) for line in lines]
+    text.insert(1, "-|-".join("-" * n for n in widths))
+    return "\n".join([*text, "", f"{found['unit']}; {found['setting']}"])

@@ -198,10 +198,10 @@ def file_names(names: list) -> list:
 # %% ../nbs/60_cli.ipynb #e115d16b
 def bench(args):
     "`vpenc bench`: vpenc against a plain reference, on this machine."
-    from vpenc.bench import as_json, bench, bench_table
+    from vpenc.bench import as_json, bench, bench_table, browser_table
     from vpenc.files import write_json
     result = bench(args.only, args.quick, args.threads, args.device, args.repeats)
-    print(bench_table(result))
+    print(bench_table(result), browser_table(), sep="\n\n")
     if args.json: write_json(args.json, as_json(result))
 
 # %% ../nbs/60_cli.ipynb #ae4175e5
