@@ -891,8 +891,10 @@ function link(boxes, readout, ask) {
   };
   const inside = place => place.every(share => share >= 0 && share < 1);
   const index = (box, [x, y]) => [Math.floor(x * box.shown.width), Math.floor(y * box.shown.height)];
+  let last = [-1, -1];
   const hover = place => {
     const words = [];
+    last = place;
     for (const box of linked()) {
       box.cell.hidden = !inside(place);
       if (!inside(place)) continue;
@@ -942,7 +944,7 @@ function link(boxes, readout, ask) {
     });
   }
   const mark = ([y, x]) => { for (const box of boxes) Object.assign(box.cross.style, {left: `${x * 100}%`, top: `${y * 100}%`}); };
-  return {apply, reset, mark};
+  return {apply, reset, mark, refresh: () => hover(last)};
 }
 """
 
@@ -1020,6 +1022,7 @@ function render({model, el}) {
     sample.style.display = shown.samples ? "" : "none";
     shared.mark(shown.state.place);
     shared.apply();
+    shared.refresh();  // the cursor reads the new values
     root.dataset.drawn = shown.seq;
     root.dataset.complete = !shown.partial && !shown.fitting;
   };

@@ -113,6 +113,10 @@ def test_cursor_and_zoom_are_shared(explorer):
     assert len(set(transforms)) == 2 and sum("scale" in t for t in transforms) == 7
     e.page.mouse.move(middle[0] + 1, middle[1] + 1)
     assert "y 40, x 19" in e.root.locator(".readout").inner_text()  # the place under the pointer has not moved
+    before = e.root.locator(".readout").inner_text()
+    e.set("frame", 9), e.settled()
+    assert e.root.locator(".readout").inner_text() != before  # the cursor reads the new frame
+    e.set("frame", 8), e.settled()
     e.notebook.screenshot("explore_zoom", e.root)
     e.root.get_by_text("unzoom").click()
     assert "scale(1)" in e.root.locator("[data-panel=pca] .stage").get_attribute("style")
@@ -247,7 +251,10 @@ def test_interaction_times_and_film(explorer):
         page = Image.new("RGB", size, "white")
         page.paste(picture)
         frames.append(page)
-    palette = frames[len(frames) // 2].quantize(128, dither=Image.Dither.NONE)
+    some = frames[::4]  # one palette for all, or colours would jump
+    sheet = Image.new("RGB", (size[0], size[1] * len(some)))
+    for i, frame in enumerate(some): sheet.paste(frame, (0, i * size[1]))
+    palette = sheet.quantize(220, dither=Image.Dither.NONE)
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     frames[0].save(PICTURES / "explorer.gif", save_all=True, append_images=frames[1:], duration=350, loop=0, optimize=True)
     assert (PICTURES / "explorer.gif").stat().st_size < 1.5e6
