@@ -94,8 +94,8 @@ PRESETS = {
             hidden_dim=384, heads=4, layers=6, dropout=.1, attn_dropout=0.,
             resnet_widths=(64, 128, 256, 240), resnet_blocks=(2, 2, 2, 2),
             vqvae=VQVAEConfig(n_hiddens=128, n_res_layers=2, embedding_dim=128, n_codes=1024, downsample=(4, 4, 4))),
-        steps=(20_000, 5_000, 30_000), batch_size=(8, 32, 16), learning_rate=(1e-3, 1e-3, 5e-4), average=.999, every=500),
-    "bair": PretrainConfig(average=.9999, every=1000),
+        steps=(20_000, 5_000, 30_000), batch_size=(8, 32, 16), learning_rate=(1e-3, 1e-3, 5e-4), every=500),
+    "bair": PretrainConfig(every=1000),
 }
 
 # %% ../nbs/14_pretrain.ipynb #fe2375df
