@@ -273,7 +273,7 @@ def plot_log(rows: list[dict]):
     "Figure of the three stages: reconstruction, use of the codebook, code loss of each latent time, mask read-out."
     from matplotlib.figure import Figure
     figure = Figure(figsize=(12, 2.8), dpi=80)
-    figure.subplots_adjust(left=.05, right=.99, bottom=.17, top=.9, wspace=.28)
+    figure.subplots_adjust(left=.06, right=.99, bottom=.17, top=.9, wspace=.36)
     quality, usage, nats, readout = figure.subplots(1, 4)
     of = lambda stage, key: [(r["minutes"], r[key]) for r in rows if r["stage"] == stage and key in r]
     if points := of("vqvae", "psnr"): quality.plot(*zip(*points), color="black")
