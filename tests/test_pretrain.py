@@ -223,3 +223,24 @@ def test_presets_are_whole():
         config = configure(name)
         assert config.parallel and config.aligned and config.color_jitter and config.codebook_restarts
         for stage in ("vqvae", "parallel", "gpt"): assert config.plan(stage).steps > 0
+
+
+def test_gpu_script_stops_in_time_packs_and_goes_on_elsewhere(tmp_path, clips):
+    "The first call runs out of time; the second, on a machine that has only what the first packed, ends with a model that loads."
+    from vpenc.checkpoints import load_videogpt
+    settings = [f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in SHORT.items() if k != "tensorboard"]
+
+    def call(number, minutes, **more):
+        where = dict(OUT=str(tmp_path / f"out{number}"), WORK=str(tmp_path / f"work{number}"), DATA=str(clips), PRESET="tiny", DEVICE="cpu",
+                     PYTHON=sys.executable, SAVE="1", TOTAL="0.2", VPENC_PROGRESS="0")
+        subprocess.run([str(ROOT / "tools" / "gpu.sh"), str(minutes), *settings], env={**os.environ, **where, **more}, check=True, capture_output=True)
+        return tmp_path / f"out{number}"
+    first = call(1, 0.02)
+    assert (first / "checkpoints.tar.000").exists() and not list(first.glob("model.*"))
+    second = call(2, 5, RESUME=str(first))
+    assert not list(second.glob("checkpoints.*")) and max(f.stat().st_size for f in second.iterdir()) < 16e6
+    model = tmp_path / "model"
+    model.mkdir()
+    subprocess.run(f"tar xzf {second}/run.tar.gz -C {model} --strip-components 2 ./model && "
+                   f"cat {second}/model.safetensors.??? > {model}/model.safetensors", shell=True, check=True)
+    assert load_videogpt(model).config.vqvae.n_codes == 32

@@ -86,16 +86,16 @@ PRESETS = {
         model=VideoGPTConfig(
             hidden_dim=192, heads=4, layers=4, dropout=0., attn_dropout=0.,
             resnet_widths=(32, 64, 128, 240), resnet_blocks=(2, 2, 2, 1),
-            vqvae=VQVAEConfig(n_hiddens=64, n_res_layers=2, embedding_dim=64, n_codes=512, downsample=(4, 4, 4),
+            vqvae=VQVAEConfig(n_hiddens=32, n_res_layers=2, embedding_dim=64, n_codes=512, downsample=(4, 4, 4),
                               sequence_length=8)),
-        steps=(900, 240, 450), batch_size=(4, 16, 8), learning_rate=(3e-3, 1e-3, 1e-3), warmup=20, every=75),
+        steps=(3000, 240, 450), batch_size=(4, 16, 8), learning_rate=(3e-3, 1e-3, 1e-3), warmup=20, every=75),
     "small": PretrainConfig(
         model=VideoGPTConfig(
             hidden_dim=384, heads=4, layers=6, dropout=.1, attn_dropout=0.,
             resnet_widths=(64, 128, 256, 240), resnet_blocks=(2, 2, 2, 2),
             vqvae=VQVAEConfig(n_hiddens=128, n_res_layers=2, embedding_dim=128, n_codes=1024, downsample=(4, 4, 4))),
-        steps=(20_000, 5_000, 30_000), batch_size=(8, 32, 16), learning_rate=(1e-3, 1e-3, 5e-4)),
-    "bair": PretrainConfig(),
+        steps=(20_000, 5_000, 30_000), batch_size=(8, 32, 16), learning_rate=(1e-3, 1e-3, 5e-4), every=500),
+    "bair": PretrainConfig(every=1000),
 }
 
 # %% ../nbs/14_pretrain.ipynb #fe2375df
@@ -273,7 +273,7 @@ def plot_log(rows: list[dict]):
     "Figure of the three stages: reconstruction, use of the codebook, code loss of each latent time, mask read-out."
     from matplotlib.figure import Figure
     figure = Figure(figsize=(12, 2.8), dpi=80)
-    figure.subplots_adjust(left=.05, right=.99, bottom=.17, top=.9, wspace=.28)
+    figure.subplots_adjust(left=.06, right=.99, bottom=.17, top=.9, wspace=.36)
     quality, usage, nats, readout = figure.subplots(1, 4)
     of = lambda stage, key: [(r["minutes"], r[key]) for r in rows if r["stage"] == stage and key in r]
     if points := of("vqvae", "psnr"): quality.plot(*zip(*points), color="black")
