@@ -23,12 +23,7 @@ from vpenc.vqvae import VQVAE
 SMALL = Case(hiddens=4, dim=3, codes=5, resolution=16, hidden=12, heads=2, widths=(4, 4, 4, 6), blocks=(1, 2, 1, 1))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def gpt_file(path, case=SMALL, weights=None, args=None, **options):

@@ -23,12 +23,7 @@ FIXTURES = Path(os.environ.get("VPENC_SHARED", Path(__file__).resolve().parents[
 needs_fixtures = pytest.mark.skipif(not (FIXTURES / "vqvae_tiny.ckpt").exists(), reason="no fixtures of the original at hand")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def stored(name):
