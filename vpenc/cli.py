@@ -207,18 +207,14 @@ def bench(args):
 # %% ../nbs/60_cli.ipynb #ae4175e5
 def futures(args):
     "`vpenc futures`: run the notebook of that name; what it writes goes to --out."
-    import tempfile
-    from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError
-    from vpenc.runner import _kernel_class, find_notebook
+    from vpenc.kernels import run_notebook
+    from vpenc.runner import find_notebook
     folder = Path(args.out).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     given = {name: getattr(args, name) for name in ("weights", "frames", "n", "temperature", "top_k", "seed")}
     if given["frames"]: given["frames"] = str(_existing(args.frames).resolve())
-    try:
-        with tempfile.TemporaryDirectory(prefix="vpenc-") as sockets:
-            execute_notebook(find_notebook("futures"), folder/"futures.ipynb", given | dict(out=str(folder)),
-                             kernel_manager_class=_kernel_class(sockets))
+    try: run_notebook(find_notebook("futures"), folder/"futures.ipynb", given | dict(out=str(folder)))
     except PapermillExecutionError as error: raise ValueError(f"{error.ename}: {error.evalue}".splitlines()[0]) from None
     print(f"{folder}: futures.gif, futures.json and the notebook that shows them")
 

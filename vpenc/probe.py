@@ -114,14 +114,14 @@ class Recipe:
 
 
 RECIPES = dict(
-    linear=Recipe((1.,), 12, None, (1e-3, 1e-2, 1e-1)), linear1x1=Recipe((2e-2, 1e-1), 20, 16), linear7x7=Recipe((3e-2,), 30, 16),
+    linear=Recipe((1.,), 8, None, (1e-3, 1e-2, 1e-1)), linear1x1=Recipe((2e-2, 1e-1), 20, 16), linear7x7=Recipe((3e-2,), 30, 16),
     light=Recipe((5e-3,), 3, 3), attention=Recipe((3e-3,), 3, 3), heavy=Recipe((5e-3,), 8, 5, options=dict(base=8)),
-    unet=Recipe((5e-3,), 9, 5, options=dict(base=8)), all=Recipe(epochs=0), prior=Recipe(epochs=0))
+    unet=Recipe((5e-3,), 8, 5, options=dict(base=8)), all=Recipe(epochs=0), prior=Recipe(epochs=0))
 GRID_RECIPES = dict(  # on small grids `light` and `heavy` have 16 million weights: few, large steps
-    light=Recipe((1e-3,), 15, 25), heavy=Recipe((2e-3,), 8, 25, options=dict(base=8)))
+    light=Recipe((1e-3,), 15, 25), heavy=Recipe((2e-3,), 4, 25, options=dict(base=8)))
 PAPER_RECIPES = dict(
-    light=Recipe((3e-4,), 8, 3),  # its final ReLU dies at larger steps: the mask stays empty
-    unet=Recipe((1e-2,), 16, 5, options=dict(base=8), schedule="constant"))  # two sigmoids: empty masks for ten epochs
+    light=Recipe((3e-4,), 6, 3),  # its final ReLU dies at larger steps: the mask stays empty
+    unet=Recipe((1e-2,), 8, 2, options=dict(base=8), schedule="constant"))  # two sigmoids: empty masks for 400 steps
 OPTIMIZERS = dict(adamw=torch.optim.AdamW, adam=torch.optim.Adam,
                   sgd=lambda groups, lr, weight_decay: torch.optim.SGD(groups, lr, .9, weight_decay=weight_decay))
 SCHEDULES = dict(cosine=lambda t: min(1, t / .1 + .04) * (.5 + .5 * math.cos(math.pi * t)), constant=lambda t: 1.)  # t in [0,1]

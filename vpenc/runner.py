@@ -7,7 +7,7 @@ __all__ = ['TYPES', 'read_grid', 'find_notebook', 'notebook_parameters', 'check_
            'Outcome', 'run_jobs', 'kill_kernels', 'run_grid', 'plan_grid', 'report']
 
 # %% ../nbs/41_runner.ipynb #df17abd3
-import contextlib, functools, itertools, logging, os, shutil, signal, sys, tempfile, threading, time
+import contextlib, functools, itertools, logging, os, shutil, sys, threading, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 import vpenc
 from .experiment import GRIDS, Experiment, ensure_labels
 from .files import atomic, did_you_mean, digest, file_sha256, locked, project_root, progress, read_json
+from .kernels import Forks, run_notebook
 
 # %% ../nbs/41_runner.ipynb #76575f33
 def read_grid(
@@ -183,18 +184,16 @@ def execute(
     job: Job,  # what to run
     notebook: Path,  # the analysis notebook, absolute
     stopped: threading.Event,  # set when the whole batch is being interrupted: then nothing is kept
+    forks=None,  # where kernels come from, see vpenc.kernels
 ) -> str:
     "Run one job; returns an empty string, or the reason of the failure in one line."
-    from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError
     running = job.folder/".running"/f"{job.name}.ipynb"
     running.parent.mkdir(parents=True, exist_ok=True)
     job.result.unlink(missing_ok=True)  # what an earlier, different run left
     reason = ""
     try:
-        with tempfile.TemporaryDirectory(prefix="vpenc-") as sockets:
-            execute_notebook(notebook, running, job.parameters, progress_bar=False,
-                             kernel_manager_class=_kernel_class(sockets))
+        run_notebook(notebook, running, job.parameters, forks)
         if not job.result.exists(): reason = f"the notebook wrote no {job.result.name}"
     except PapermillExecutionError as error: reason = f"{error.ename}: {error.evalue}".splitlines()[0]
     except Exception as error: reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -210,26 +209,6 @@ def _sign(running: Path, signature: str, path: Path):
     with atomic(path) as temporary: nbformat.write(notebook, temporary)
     running.unlink()
 
-
-def _kernel_class(sockets):
-    "A kernel manager for nbclient: this interpreter, talking through sockets in a folder instead of TCP ports."
-    from jupyter_client import AsyncKernelManager
-    from jupyter_client.kernelspec import KernelSpec
-    from traitlets import default
-
-    class Kernel(AsyncKernelManager):
-        @default("transport")
-        def _transport(self): return "ipc"
-
-        @default("ip")
-        def _address(self): return f"{sockets}/kernel"
-
-        @property
-        def kernel_spec(self):
-            command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-            return KernelSpec(argv=command, display_name="vpenc", language="python")
-
-    return Kernel
 
 # %% ../nbs/41_runner.ipynb #73accdf0
 def next_job(
@@ -258,14 +237,14 @@ def run_jobs(
 ) -> list[Outcome]:
     "Run jobs on `workers` threads. On Ctrl-C all kernels are killed and KeyboardInterrupt is raised."
     pending, running, extracted, outcomes, stopped = list(todo), {}, set(), [], threading.Event()
-    with ThreadPoolExecutor(workers) as pool, _environment(workers), _quiet(), \
+    with ThreadPoolExecutor(workers) as pool, _environment(workers), _quiet(), _kernels(todo) as forks, \
             progress(desc="runs", total=len(todo), unit="run") as bar:
         try:
             while pending or running:
                 while pending and len(running) < workers:
                     job = next_job(pending, [job for job, _ in running.values()], extracted)
                     pending.remove(job)
-                    running[pool.submit(execute, job, notebook, stopped)] = job, time.monotonic()
+                    running[pool.submit(execute, job, notebook, stopped, forks)] = job, time.monotonic()
                 bar.set_postfix_str(", ".join(job.name for job, _ in running.values()))
                 for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
                     job, start = running.pop(future)
@@ -276,13 +255,18 @@ def run_jobs(
                     bar.update()
         except BaseException:
             stopped.set()
-            while wait(running, timeout=.2).not_done: kill_kernels()
+            while wait(running, timeout=.2).not_done: forks.kill() if forks else kill_kernels()
             raise
     return outcomes
 
 
+def _kernels(todo):
+    "Where the kernels of a batch come from: forked where that works and pays, else None, a new interpreter each."
+    return Forks() if Forks.available() and len(todo) > 1 else contextlib.nullcontext()
+
+
 def kill_kernels():
-    "Kill the kernels that this process started."
+    "Kill the kernels that this process started itself."
     import psutil
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):
