@@ -84,9 +84,9 @@ class PretrainConfig:
 PRESETS = {
     "tiny": PretrainConfig(
         model=VideoGPTConfig(
-            hidden_dim=192, heads=4, layers=4, dropout=0., attn_dropout=0.,
-            resnet_widths=(32, 64, 128, 240), resnet_blocks=(2, 2, 2, 1),
-            vqvae=VQVAEConfig(n_hiddens=32, n_res_layers=2, embedding_dim=64, n_codes=512, downsample=(4, 4, 4),
+            hidden_dim=192, heads=4, layers=3, dropout=0., attn_dropout=0.,
+            resnet_widths=(32, 64, 96, 240), resnet_blocks=(1, 2, 2, 1),
+            vqvae=VQVAEConfig(n_hiddens=48, n_res_layers=2, embedding_dim=64, n_codes=512, downsample=(4, 4, 4),
                               sequence_length=8)),
         steps=(3000, 240, 450), batch_size=(4, 16, 8), learning_rate=(3e-3, 1e-3, 1e-3), warmup=20, every=75),
     "small": PretrainConfig(
