@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'GRID_RECIPES', 'PAPER_RECIPES', 'OPTIMIZERS', 'SCHEDULES', 'AUGMENTS', 'Standardizer', 'Probe', 'Recipe',
            'recipe_for', 'flip', 'jitter', 'augmentation', 'mean_iou', 'descend', 'newton_like', 'keep_best',
-           'inner_split', 'fit_probe', 'fine_tune', 'encode']
+           'inner_split', 'fit_probe', 'fine_tune', 'layer_groups', 'encode']
 
 # %% ../nbs/33_probe.ipynb #3d55abe0
 import copy, math, re
@@ -216,8 +216,11 @@ def newton_like(probe, inputs, masks, loss, optimizer, weight_decay) -> dict:
     return record
 
 # %% ../nbs/33_probe.ipynb #14fc3f3d
-def keep_best(probe, epochs, step, validate):
-    "Run `step() -> record` for some epochs; `validate() -> record` after each. Leaves the best epoch's weights in place."
+def keep_best(probe, epochs, step, validate, patience=None):
+    """Run `step() -> record` for some epochs; `validate() -> record` after each. Leaves the best epoch's weights in place.
+
+    With `patience`, it stops after so many epochs without a better validation IoU.
+    """
     modules = [probe.head] + ([probe.encoder] if probe.encoder is not None else [])
     snapshot = lambda: [copy.deepcopy(module.state_dict()) for module in modules]
     probe.history, probe.epoch, probe.val_iou, kept = [], 0, validate()["val_iou"], snapshot()
@@ -225,6 +228,7 @@ def keep_best(probe, epochs, step, validate):
         probe.history.append(step() | validate())
         if probe.history[-1]["val_iou"] > probe.val_iou:
             probe.epoch, probe.val_iou, kept = epoch, probe.history[-1]["val_iou"], snapshot()
+        if patience and epoch - probe.epoch >= patience: break
     for module, state in zip(modules, kept): module.load_state_dict(state)
     probe.head.eval()
     return probe
@@ -353,7 +357,10 @@ def fine_tune(
     loss="bce",  # see vpenc.losses
     optimizer="adamw",  # 'adamw', 'adam' or 'sgd'
     lr=None,  # of the head while the encoder is frozen; a quarter of it afterwards
-    encoder_lr=3e-4,  # peak learning rate of the encoder
+    encoder_lr=3e-4,  # peak learning rate of the encoder's last layer
+    layer_decay=1.,  # each layer before it learns at so much of the rate of the next
+    freeze="",  # what stays as it is: 'norm' (normalisation), names of layers, or several: 'norm+stem'
+    patience=None,  # stop after so many epochs without a better validation IoU; None: never
     weight_decay=None,  # None: the head's recipe
     epochs=None,  # of joint training; None: 1
     batch=5,  # frames a step of joint training
@@ -362,18 +369,20 @@ def fine_tune(
     head_options=None,  # dict of the head's own options
     protocol="corrected",  # or 'paper'
     seed=0,
+    start=None,  # the Probe to start from, fitted to the frozen encoder's features; None: it is fitted here
 ) -> Probe:
-    "Fit a head, then tune encoder and head together. ValueError for encoders that no gradient reaches."
+    "Fit a head, then tune encoder and head together. ValueError for encoders that no gradient reaches, and for bad settings."
     from vpenc.video import as_frames
     if val is None:
         raise ValueError("fine_tune: give validation frames of other trajectories than the training frames, val=(frames, masks)")
     targets, val_targets = _targets(masks, len(frames)), _targets(val[1], len(val[0]), "validation ")
-    probe = fit_probe(encode(encoder, frames), masks, head, val=(encode(encoder, val[0]), val[1]), loss=loss, optimizer=optimizer,
-                      lr=lr, weight_decay=weight_decay, schedule=schedule, head_options=head_options, protocol=protocol, seed=seed)
     encoder.trainable = True
+    layers = layer_groups(encoder, encoder_lr, layer_decay, freeze)  # complains before anything is fitted
+    probe = start or fit_probe(
+        encode(encoder, frames), masks, head, val=(encode(encoder, val[0]), val[1]), loss=loss, optimizer=optimizer,
+        lr=lr, weight_decay=weight_decay, schedule=schedule, head_options=head_options, protocol=protocol, seed=seed)
     probe.encoder, epochs = encoder, 1 if epochs is None else epochs
-    groups = [dict(params=list(probe.head.parameters()), lr=probe.recipe["lr"] / 4),
-              dict(params=[p for p in encoder.parameters() if p.requires_grad], lr=encoder_lr)]
+    groups = [dict(params=list(probe.head.parameters()), lr=probe.recipe["lr"] / 4), *layers]
     solver = OPTIMIZERS["sgd" if head == "linear" else optimizer](groups, lr=encoder_lr, weight_decay=probe.recipe["weight_decay"])
     scheduler, criterion = _scheduler(solver, schedule, epochs * -(-len(targets) // batch)), make_loss(loss)
     generator, augment, frames = torch.Generator().manual_seed(seed), augmentation(augment), np.asarray(frames)
@@ -389,10 +398,29 @@ def fine_tune(
         maps = _arranged(probe.standardize([m.to(probe.device) for m in encode(encoder, val[0]).as_2d()]))
         return _validation(probe, probe.head.project(maps), val_targets.to(probe.device), criterion)()
     step = lambda: descend(probe, read, len(targets), criterion, solver, scheduler, batch, generator)
-    keep_best(probe, epochs, step, validate)
+    keep_best(probe, epochs, step, validate, patience)
     encoder.trainable = False
     if protocol == "corrected": probe.threshold = best_threshold(probe.predict(val[0]), np.asarray(val[1], bool))
     return probe
+
+
+def layer_groups(
+    encoder,  # Encoder, `trainable`
+    lr,  # of the last layer
+    decay=1.,  # each layer learns at so much of the rate of the next
+    freeze="",  # 'norm', names of layers, joined by +
+) -> list:
+    "Groups for an optimizer, one a layer (the parts of what learns, in order), from the frames to the output."
+    if not 0 < decay <= 1: raise ValueError(f"layer_decay: {decay!r}; expected above 0, at most 1")
+    layers = [part for module in encoder.learners() for part in (list(module.named_children()) or [("", module)])]
+    fixed = [_known("freeze", name, ["norm", *(name for name, _ in layers)]) for name in freeze.split("+") if name]
+    for name, layer in layers:
+        for part in layer.modules():
+            if name in fixed or "norm" in fixed and "Norm" in type(part).__name__: part.requires_grad_(False)
+    found = [[p for p in layer.parameters() if p.requires_grad] for _, layer in layers]
+    rest = {p for p in encoder.parameters() if p.requires_grad} - {p for params in found for p in params}  # of no layer: the first
+    found[0] += [p for p in encoder.parameters() if p in rest]
+    return [dict(params=params, lr=lr * decay**(len(found) - 1 - i)) for i, params in enumerate(found) if params]
 
 
 @torch.no_grad()
