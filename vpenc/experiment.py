@@ -230,9 +230,12 @@ def _features(self) -> tuple:
 
 def _cost(self) -> float:
     "A coarse guess of the seconds a row takes; only the order matters."
-    extraction = 170 if self.encoder.endswith(":codes") else 20
-    epoch = dict(unet=12, heavy=12, attention=4, light=3, linear=2).get(self.head, 1) * (8 if self.finetune else 1)
-    return extraction + epoch * len(self.seeds)
+    paper = self.protocol == "paper"
+    scored, tap = 50 if paper else self.test or 500, re.search(r"codes|hidden|entropy|resnet|embed|pre|$", self.encoder)[0]
+    extraction = (200 + scored) * dict(codes=.33, hidden=.08, entropy=.1).get(tap, .02)
+    fit = dict(unet=12, attention=9, heavy=7, light=5, linear=5).get(self.head, 3) * (2 if paper and self.head in ("unet", "light") else 1)
+    tuning = (20 * (self.epochs or 1) + .02 * scored) if self.finetune else 0
+    return extraction + (fit + tuning) * len(self.seeds)
 
 
 Experiment.inputs, Experiment.features, Experiment.cost = _inputs, _features, _cost
