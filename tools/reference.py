@@ -33,7 +33,7 @@ def main() -> int:
     batch, reference = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "outputs" / "table1"), ROOT / "outputs" / "reference"
     reference.mkdir(parents=True, exist_ok=True)
     for old in reference.iterdir():
-        if old.name != FILM.name: old.unlink()
+        if old.is_file() and old.name != FILM.name: old.unlink()  # studies lie in folders of their own
     films = [FILM] if FILM.exists() else []
     for path in [*batch.glob("table*"), *batch.glob("*.json"), *films]: shutil.copy(path, reference)
     text = (batch / f"{SHOWN}.ipynb").read_text(encoding="utf-8")

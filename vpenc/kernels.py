@@ -57,7 +57,7 @@ class Forks:
 
     def __init__(self):
         script = "from vpenc.kernels import fork_kernels; fork_kernels()"
-        environment = os.environ | dict(MPLBACKEND="module://matplotlib_inline.backend_inline")  # as kernels have it
+        environment = os.environ | dict(MPLBACKEND="module://matplotlib_inline.backend_inline", OPENBLAS_NUM_THREADS="1")
         self.asking = threading.Lock()
         self.process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                         env=environment, start_new_session=True)  # Ctrl-C is for the batch to handle
