@@ -141,10 +141,9 @@ PAPER_TABLE1 = (
 
 # %% ../nbs/40_experiment.ipynb #401a8576
 TABLE1_TAPS = (("videogpt:resnet", "linear1x1"), ("videogpt:resnet:stages", "linear1x1"), ("videogpt:hidden[2]", "linear1x1"),
-               ("videogpt:embed", "linear1x1"), ("vqvae:pre", "linear1x1"))
+               ("vqvae:pre", "linear1x1"))
 TABLE1_FLOORS = (("position", "all"), ("position", "prior"), ("pixels", "linear1x1"), ("pixels", "linear7x7"),
-                 ("random/videogpt:resnet", "linear1x1"), ("random/videogpt:resnet", "attention"),
-                 ("random/videogpt:hidden[2]", "linear1x1"))
+                 ("random/videogpt:resnet", "linear1x1"), ("random/videogpt:resnet", "attention"))
 TAPS = ("videogpt:resnet", "videogpt:resnet:stages", "videogpt:codes", "videogpt:embed", "videogpt:hidden[1]",
         "videogpt:hidden[2]", "videogpt:hidden[3]", "videogpt:entropy", "vqvae:pre", "vqvae:codes")
 PROBES = ("linear", "linear1x1", "light", "heavy", "attention")
