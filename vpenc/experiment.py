@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import vpenc
 from .files import data_home, did_you_mean, digest, locked, read_json, write_json
 from .losses import make_loss
 from .probe import OPTIMIZERS
@@ -367,7 +368,9 @@ def fit_experiment(
             probe, predict, spent = fit(experiment, encoder, labelled, part, seed, cache)
             guess = np.concatenate([np.asarray(predict(block)) for block in blocks(part.scored)])
         else: probe, guess, spent = probes[twin], probability[twin], seconds[twin]
-        for all_of_it, one in ((probes, probe), (probability, guess), (seconds, spent)): all_of_it.append(one)
+        probes.append(probe)
+        probability.append(guess)
+        seconds.append(spent)
     fitted = Fitted(experiment, labelled, encoder, parts, probes, probability, {})
     if encoder.fingerprint != before: raise RuntimeError(f"{encoder.tap}: the encoder changed while a probe was fitted")
     fitted.result.update(
@@ -404,7 +407,8 @@ def fit_frozen(experiment, encoder, labelled, part, seed, cache) -> tuple:
         return fit_probe(features, labelled.masks[part.train], experiment.head, val=val, seed=seed, **settings)
     features, settings = read(part.train), recipe(experiment)
     usual = recipe_for(experiment.head, map_shapes(features), experiment.protocol)
-    key = digest([encoder.fingerprint, labelled.fingerprint, experiment.head, seed, settings, repr(usual)], part.train, part.val)
+    decides = [vpenc.__version__, encoder.fingerprint, labelled.fingerprint, experiment.head, seed, settings, repr(usual)]
+    key = digest(decides, part.train, part.val)
     probe, seconds = kept_probe(key, fit, cache)
     return probe, lambda indices: probe.predict(read(indices)), seconds
 

@@ -6,7 +6,7 @@
 __all__ = ['SHARED', 'run_notebook', 'Forks', 'fork_kernels']
 
 # %% ../nbs/41_kernels.ipynb #a852fccb
-import contextlib, gc, importlib, json, os, signal, subprocess, sys, tempfile, threading
+import gc, importlib, os, signal, subprocess, sys, tempfile, threading
 
 # %% ../nbs/41_kernels.ipynb #845cb5d9
 def run_notebook(
@@ -53,7 +53,7 @@ SHARED = ("ipykernel.kernelapp", "matplotlib.figure", "matplotlib.font_manager",
 
 
 class Forks:
-    "A process that has imported SHARED and forks a kernel when asked: `.start(connection_file)`, `.kill()`, `.close()`."
+    "A process that has imported SHARED and forks a kernel when asked: `.start(connection_file)`, `.close()`."
 
     def __init__(self):
         script = "from vpenc.kernels import fork_kernels; fork_kernels()"
@@ -73,15 +73,10 @@ class Forks:
                 return _forked(int(self.process.stdout.readline()))
             except (BrokenPipeError, ValueError): raise RuntimeError("the process that forks kernels has died") from None
 
-    def kill(self):
-        "Kill all its kernels at once."
-        import psutil
-        with contextlib.suppress(psutil.Error):
-            for kernel in psutil.Process(self.process.pid).children(): kernel.kill()
-
     def close(self):
         "End the process, and so the kernels that are left."
-        self.process.stdin.close()
+        try: self.process.stdin.close()
+        except BrokenPipeError: pass  # it was killed
         self.process.wait()
         self.process.stdout.close()
 

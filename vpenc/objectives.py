@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .files import did_you_mean
-from .pretrain import Clips, CodeData, ParallelHead, centred_frames, has_masks, mask_readout_r2, parallel_stage, validate_codes
+from .pretrain import Clips, CodeData, ParallelHead, centred_frames, parallel_stage, validate_codes
 from .training import Plan, Stage, Team, run_stage, seeded
 from .videogpt import ResNet, VideoGPTConfig
 

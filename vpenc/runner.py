@@ -109,9 +109,15 @@ def check_rows(
                 complaint = f"{name} = {value!r} is a {type(value).__name__}; expected {types[name]}"
             else: continue
             wrong.setdefault(complaint, []).append(i)
-    where = lambda found: f"row {found[0]}" if len(found) == 1 else f"rows {found[0]} to {found[-1]}"
-    lines = [f"{source}, {where(found)}: {complaint}" for complaint, found in wrong.items()]
-    if lines: raise ValueError("\n".join(lines))
+    _complain(wrong, f"{source}, ")
+
+
+def _complain(wrong: dict, source=""):
+    "ValueError with one line for each complaint, which names the rows (numbers in `wrong[complaint]`) that it holds for."
+    def where(rows):
+        if len(rows) == 1: return f"row {rows[0]}"
+        return f"rows {rows[0]} to {rows[-1]}" if rows[-1] - rows[0] < len(rows) else f"{len(rows)} rows from {rows[0]} to {rows[-1]}"
+    if wrong: raise ValueError("\n".join(f"{source}{where(rows)}: {complaint}" for complaint, rows in wrong.items()))
 
 
 def _fits(value, kind: str) -> bool:
@@ -151,14 +157,13 @@ def make_jobs(
     cache=None,  # folder of cached features (the library's default when None)
 ) -> list[Job]:
     "The jobs, long ones first. ValueError when a row is no valid experiment or two different rows share a name."
-    out, jobs, wrong = Path(out).resolve(), {}, []
+    out, jobs, wrong = Path(out).resolve(), {}, {}  # complaint -> rows
     for i, row in enumerate(rows, 1):
         try: experiment = Experiment.from_parameters(**row)
-        except ValueError as error: wrong.append(f"row {i}: {error}"); continue
+        except ValueError as error: wrong.setdefault(str(error), []).append(i); continue
         job = jobs.setdefault(experiment.name, _job(experiment, out, cache))
-        if job.experiment != experiment:
-            wrong.append(f"row {i}: another row is called {experiment.name!r} too; set `name`")
-    if wrong: raise ValueError("\n".join(wrong))
+        if job.experiment != experiment: wrong.setdefault(f"another row is called {experiment.name!r} too; set `name`", []).append(i)
+    _complain(wrong)
     return sorted(jobs.values(), key=lambda job: -job.experiment.cost())
 
 
@@ -255,7 +260,7 @@ def run_jobs(
                     bar.update()
         except BaseException:
             stopped.set()
-            while wait(running, timeout=.2).not_done: forks.kill() if forks else kill_kernels()
+            while wait(running, timeout=.2).not_done: kill_kernels()
             raise
     return outcomes
 
@@ -266,11 +271,11 @@ def _kernels(todo):
 
 
 def kill_kernels():
-    "Kill the kernels that this process started itself."
+    "Kill the kernels that this process started, and the process that forks them."
     import psutil
-    for child in psutil.Process().children():
+    for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if "ipykernel_launcher" in child.cmdline(): child.kill()
+            if any(name in " ".join(child.cmdline()) for name in ("ipykernel_launcher", "fork_kernels")): child.kill()
 
 
 @contextlib.contextmanager
