@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LONG', 'POSITIONS', 'WORKS', 'moved', 'padded_conv', 'plain_attention', 'Plain', 'logits', 'PlainDecoder', 'Row',
-           'timed', 'race', 'bench_model', 'sampling_rows', 'resnet_rows', 'encode_rows', 'forced_rows', 'sample_rows',
-           'latents_rows', 'bf16_rows', 'bench', 'machine', 'cpu_name', 'as_json', 'bench_table', 'bench_bars',
-           'browser_table']
+           'timed', 'race', 'count_flops', 'machine_limits', 'share_of_limit', 'bench_model', 'sampling_rows',
+           'resnet_rows', 'encode_rows', 'forced_rows', 'sample_rows', 'latents_rows', 'bf16_rows', 'bench', 'machine',
+           'cpu_name', 'as_json', 'bench_table', 'bench_bars', 'browser_table']
 
 # %% ../nbs/52_bench.ipynb #2289a913
 import copy, math, os, platform, statistics, time
@@ -203,6 +203,8 @@ class Row:
     difference: float = None  # largest difference of the two results (codes: number of different ones)
     wall: tuple = None  # wall seconds (plain, fast)
     note: str = ""
+    flops: float = None  # floating-point operations of the matrix products and convolutions of `fast`
+    read: float = None  # bytes that `fast` must read from memory
 
     @property
     def ratio(self): return self.plain / self.fast
@@ -222,14 +224,40 @@ def timed(run, device):
 LONG = 5  # seconds; what runs longer needs no run to warm up, its first counts
 
 
-def race(name, plain, fast, target=None, repeats=3, device="cpu", note=""):
-    "`Row` of two functions that return the same tensor."
+def race(name, plain, fast, target=None, repeats=3, device="cpu", note="", count=True):
+    "`Row` of two functions that return the same tensor; `count` its operations as well."
     (*first_plain, a), (*first_fast, b) = timed(plain, device), timed(fast, device)
     difference = float((a != b).sum()) if not a.is_floating_point() else (a - b).abs().max().item()
     turns = [(first_plain, first_fast)] if first_plain[0] > LONG else []
     turns += [(timed(plain, device)[:2], timed(fast, device)[:2]) for _ in range(repeats - len(turns))]
     (p, wall_p), (f, wall_f) = ([statistics.median(t) for t in zip(*side)] for side in zip(*turns))
-    return Row(name, p, f, target, difference, (wall_p, wall_f), note)
+    return Row(name, p, f, target, difference, (wall_p, wall_f), note, flops=count_flops(fast) if device == "cpu" and count else None)
+
+# %% ../nbs/52_bench.ipynb #3d3a2642
+def count_flops(run) -> int:
+    "Floating-point operations of the matrix products, convolutions and attention of one call."
+    from torch.utils.flop_counter import FlopCounterMode
+    def attention(q, k, v, dropout=0.0, causal=False, *_, **__):  # the CPU's fused kernel, which the counter does not know
+        pairs = math.prod(q[:3]) * k[2]
+        return pairs * 2 * (q[3] + v[3]) // (2 if causal else 1)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}) as counter: run()
+    return counter.get_total_flops()
+
+
+@torch.inference_mode()
+def machine_limits(repeats=7) -> dict:
+    "Floating-point operations a second of a large matrix product, and bytes a second of reading a matrix that no cache holds, best of `repeats`."
+    x, w, tall, y = torch.rand(4096, 576), torch.rand(576, 2304), torch.rand(200_000, 576), torch.rand(576)
+    out = torch.empty(4096, 2304)
+    product = min(timed(lambda: torch.mm(x, w, out=out), "cpu")[1] for _ in range(repeats))
+    reading = min(timed(lambda: tall @ y, "cpu")[1] for _ in range(repeats))
+    return dict(flops=2 * x.numel() * w.shape[1] / product, read=tall.nbytes / reading)
+
+
+def share_of_limit(row: Row, limits: dict):
+    "The part of a row's wall time that its operations, or the bytes it reads, take at the machine's limits; None where they were not counted."
+    least = [amount / limits[name] for name in limits if (amount := getattr(row, name)) is not None]
+    return max(least) / row.wall[1] if least else None
 
 # %% ../nbs/52_bench.ipynb #297ad90f
 POSITIONS = 1 / 64, 1 / 4, 1 / 2, 125 / 128  # of 4096: 64, 1024, 2048, 4000
@@ -261,14 +289,17 @@ def sampling_rows(gpt, plain, batch, target, repeats, device, graph=False, dtype
     form = ", CUDA graph" if graph and device == "cuda" else ", static" if graph else ""
     name = f"sampling, {kind}{form}{', bf16' if dtype == torch.bfloat16 else ''}, batch {batch}"
     positions = [round(part * length) for part in POSITIONS]
-    rows = [race(f"{name}, position {p}", at(slow, p), at(fast, p), None, repeats, device) for p in positions]
+    rows = [race(f"{name}, position {p}", at(slow, p), at(fast, p), None, repeats, device, count=False) for p in positions]
+    if device == "cpu":
+        for row, p in zip(rows, positions): row.read = fast.bytes_of_step(p)
     # a clip: straight lines between the positions, level before the first and after the last
     def clip(get):
         times = [get(row) for row in rows]
         between = sum((b - a) * (s + t) / 2 for a, b, s, t in zip(positions, positions[1:], times, times[1:]))
         return between + positions[0] * times[0] + (length - positions[-1]) * times[-1]
     whole = Row(f"{name}, a batch of clips", clip(lambda r: r.plain), clip(lambda r: r.fast), target, max(r.difference for r in rows),
-                (clip(lambda r: r.wall[0]), clip(lambda r: r.wall[1])), f"{length} steps, from {len(positions)} positions")
+                (clip(lambda r: r.wall[0]), clip(lambda r: r.wall[1])), f"{length} steps, from {len(positions)} positions",
+                read=clip(lambda r: r.read) if device == "cpu" else None)
     return [*rows, whole]
 
 # %% ../nbs/52_bench.ipynb #7dea8268
@@ -320,12 +351,15 @@ def latents_rows(models, repeats, device):
     def median(run): return [statistics.median(t) for t in zip(*(timed(run, device)[:2] for _ in range(repeats)))]
 
     half = gpt.config.layers // 2
-    encoding, one_pass = median(lambda: gpt.vqvae.encode(still)), median(lambda: gpt.hidden(codes, frame))
-    half_way = median(lambda: gpt.hidden(codes, frame, layers=half))
-    both = [a + b for a, b in zip(encoding, one_pass)]
-    works = (("encode + one pass", both, None), ("one pass", one_pass, 100), (f"one pass to layer {half}", half_way, 100))
-    return [Row(f"latents: plain sampling of a clip / {name}", clip.plain, fast, target, None, (clip.wall[0], wall), clip.note)
-            for name, (fast, wall), target in works]
+    works = {"encode + one pass": (None, lambda: gpt.hidden(gpt.vqvae.encode(still), frame)),
+             "one pass": (100, lambda: gpt.hidden(codes, frame)),
+             f"one pass to layer {half}": (100, lambda: gpt.hidden(codes, frame, layers=half))}
+    rows = []
+    for name, (target, run) in works.items():
+        fast, wall = median(run)
+        rows.append(Row(f"latents: plain sampling of a clip / {name}", clip.plain, fast, target, None, (clip.wall[0], wall), clip.note,
+                        flops=count_flops(run) if device == "cpu" else None))
+    return rows
 
 
 def bf16_rows(models, repeats, device):
@@ -363,12 +397,13 @@ def bench(
     before, rows = torch.get_num_threads(), []
     torch.set_num_threads(threads)
     try:
+        limits = machine_limits() if device == "cpu" else {}
         for name in progress(only or [n for n in WORKS if n != "bf16"], desc="bench"): rows += WORKS[name](models, repeats, device)
     finally: torch.set_num_threads(before)
     config = (gpt := models("sparse")[0]).config
     memory = {f"{kind}, {str(dtype)[6:]}": cache_bytes(type(config)(**{**vars(config), "attn_type": kind}), 1, dtype)
               for kind in ("full", "sparse") for dtype in (torch.float32, torch.bfloat16)}
-    return dict(machine=machine(device), threads=threads, device=device, quick=quick, repeats=repeats, cache_bytes=memory, rows=rows)
+    return dict(machine=machine(device), threads=threads, device=device, quick=quick, repeats=repeats, cache_bytes=memory, limits=limits, rows=rows)
 
 
 def machine(device="cpu") -> str:
@@ -391,14 +426,16 @@ def as_json(result) -> dict:
 
 # %% ../nbs/52_bench.ipynb #6d1c2461
 def bench_table(result) -> str:
-    "The result as text: work | plain reference | vpenc | ratio | target."
+    "The result as text: work | plain reference | vpenc | ratio | target | of limit (see `share_of_limit`) ..."
     def seconds(t): return f"{t:.2f} s" if t >= 1 else f"{1e3 * t:.1f} ms"
     def ratio(x): return f"{x:.1f}x" if x >= 10 else f"{x:.2f}x"
-    lines = [("work", "plain reference", "vpenc", "ratio", "target", "wall ratio", "difference")]
+    lines = [("work", "plain reference", "vpenc", "ratio", "target", "of limit", "wall ratio", "difference")]
     for row in result["rows"]:
         wanted = "" if row.target is None else f">= {row.target:g}x" + ("" if row.ratio >= row.target else " (missed)")
         apart = "" if row.difference is None else f"{row.difference:.0e}" if row.difference else "0"
+        share = share_of_limit(row, result["limits"])
         lines.append((row.name, seconds(row.plain), seconds(row.fast), ratio(row.ratio), "" if result["quick"] else wanted,
+                      "" if share is None or result["quick"] else f"{share:.0%}",
                       ratio(row.wall[0] / row.wall[1]), apart))
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = [" | ".join(cell.ljust(n) if i == 0 else cell.rjust(n) for i, (cell, n) in enumerate(zip(line, widths))) for line in lines]
@@ -409,6 +446,9 @@ def bench_table(result) -> str:
             f"{unit} seconds, medians of {result['repeats']} turns"]
     if any("batch of clips" in row.name or "latents" in row.name for row in result["rows"]):
         head.append("a clip of sampling is not run to its end: one step is timed at 4 positions and integrated over all")
+    if limits := result["limits"]:
+        head.append(f"limits measured here: {limits['flops'] / 1e9:.0f} GFLOP/s in a matrix product, {limits['read'] / 1e9:.1f} GB/s read; "
+                    "'of limit': the share of vpenc's time that these alone would take")
     memory = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in result["cache_bytes"].items())
     return "\n".join([*head, "", *text, "", f"keys and values of one clip in sampling: {memory}"])
 

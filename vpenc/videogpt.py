@@ -89,24 +89,31 @@ def sparse_mask(shape, device=None):
 
 
 class SparseBlocks(NamedTuple):
-    "What each of n blocks of queries sees."
-    blocks: torch.Tensor  # int64 (n,m), key blocks
+    "What each of n blocks of queries sees: blocks of keys at m distances behind it."
+    near: int  # the first `near` of the distances are near-1 .. 1, 0, so that these keys lie side by side
+    distances: tuple  # of blocks; m of them
     seen: torch.Tensor  # bool (n,32,32m), which of their keys each query may see
+
+    @property
+    def blocks(self):
+        "int64 (n,m): the blocks of keys; where there is none so far behind, block 0, unseen."
+        places = torch.arange(len(self.seen), device=self.seen.device)
+        return (places[:, None] - places.new_tensor(self.distances)).clamp(min=0)
 
 
 @cache
 @torch.inference_mode(False)
 def sparse_blocks(shape, device=None):
-    "The `SparseBlocks` of a grid of codes; m is 8 for 4x32x32. Where a block sees fewer than m, block 0 stands in, unseen."
+    "The `SparseBlocks` of a grid of codes; m is 8 for 4x32x32."
     layout = block_layout(shape)
-    visible, blocks = layout.int().sort(dim=1, descending=True, stable=True)  # the visible ones first, in order
-    most = layout.sum(1).max()
-    visible = visible[:, :most].bool()
-    blocks = blocks[:, :most].where(visible, 0)
-    keys = block_positions(blocks)
+    order = torch.arange(len(layout))
+    behind = (order[:, None] - order)[layout].unique().tolist()
+    near = min(LOCAL + 1, len(layout))
+    found = SparseBlocks(near, (*range(near - 1, -1, -1), *(d for d in behind if d >= near)), layout)
+    visible = layout.gather(1, found.blocks) & (order[:, None] >= torch.tensor(found.distances))
     queries = torch.arange(math.prod(shape)).view(-1, BLOCK, 1)
-    seen = (keys[:, None] <= queries) & visible.repeat_interleave(BLOCK, 1)[:, None]
-    return SparseBlocks(blocks.to(device), seen.to(device))
+    seen = (block_positions(found.blocks)[:, None] <= queries) & visible.repeat_interleave(BLOCK, 1)[:, None]
+    return found._replace(seen=seen.to(device))
 
 
 def block_positions(blocks):
@@ -275,27 +282,32 @@ def attend(q, k, v, mask=None, causal=False, dropout=0.0):  # (B,heads,S,d)
     return y[..., : v.shape[-1]]
 
 
-def attend_sparse(q, k, v, blocks, seen):  # (B,heads,S,d); see sparse_blocks
-    """The same, each block of queries with its few blocks of keys, for some blocks of queries at a time.
+def attend_sparse(q, k, v, few):  # (B,heads,S,d); SparseBlocks of a grid that S is, or begins
+    """The same, each block of queries with its few blocks of keys.
 
-    Gathered keys are not kept for the backward pass: it gathers again, so that training stores q, k and v alone.
+    On a CPU one head of one clip at a time, which stays near the processor. Scores are not kept for the backward pass: it
+    computes them again, so that training stores q, k and v alone.
     """
-    n, m = blocks.shape
-    cut = [x.reshape(-1, n, BLOCK, x.shape[-1]).contiguous() for x in (q, k, v)]  # (B*heads, n, 32, d)
-    most = 2**22 if q.device.type == "cpu" else 2**28  # gathered numbers at a time: what a cache, what a memory holds
-    rows = max(1, most // (cut[0][:, 0].numel() * m))
-    run = _some_blocks
+    run = _some_heads
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         from torch.utils.checkpoint import checkpoint
-        run = partial(checkpoint, _some_blocks, use_reentrant=False, preserve_rng_state=False)
-    parts = [run(cut[0][:, i : i + rows], *cut[1:], blocks[i : i + rows], seen[i : i + rows]) for i in range(0, n, rows)]
-    return torch.cat(parts, 1).view(*q.shape[:-1], v.shape[-1])
+        run = partial(checkpoint, _some_heads, use_reentrant=False, preserve_rng_state=False)
+    if q.device.type != "cpu": return run(q, k, v, few)
+    clips = zip(*(x.split(1) for x in (q, k, v)))
+    return torch.cat([torch.cat([run(*head, few) for head in zip(*(x.split(1, 1) for x in clip))], 1) for clip in clips])
 
 
-def _some_blocks(q, k, v, blocks, seen):  # (B*heads, r, 32, d), twice (B*heads, n, 32, d), (r,m), (r,32,32m)
-    def gather(x): return x.index_select(1, blocks.flatten()).unflatten(1, blocks.shape).flatten(2, 3)  # (.., r, 32m, d)
-    scores = (q * q.shape[-1] ** -0.5) @ gather(k).transpose(-1, -2)
-    return scores.masked_fill_(~seen, -torch.inf).softmax(-1) @ gather(v)
+def _some_heads(q, k, v, few):
+    n, size, far = q.shape[2] // BLOCK, few.near * BLOCK, [d for d in few.distances[few.near :]]
+    q, *pair = (x.unflatten(2, (n, BLOCK)) for x in (q * q.shape[-1] ** -0.5, k, v))  # (..,n,32,d)
+    near_k, near_v = (F.pad(x, (0, 0, size - BLOCK, 0)).unfold(2, size, BLOCK) for x in (k, v))  # views (..,n,d,32*near)
+    def behind(d, x): return x[:, :, : n - d] if d < n else x[:, :, :0]
+    parts = [q @ near_k] + [F.pad(q[:, :, d:] @ behind(d, pair[0]).transpose(-1, -2), (0, 0, 0, 0, min(d, n), 0)) for d in far]
+    weights = torch.cat(parts, -1).masked_fill_(~few.seen[:n], -torch.inf).softmax(-1)
+    near, *further = weights.split([size, *[BLOCK] * len(far)], -1)
+    y = near @ near_v.transpose(-1, -2)
+    for d, w in zip(far, further): y[:, :, d:] += w[:, :, d:] @ behind(d, pair[1])
+    return y.flatten(2, 3)
 
 
 class MultiHeadAttention(nn.Module):
@@ -318,7 +330,7 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x, source, mask=None, causal=False):  # mask: bool (S,N), SparseBlocks, or a flex_mask
         q, (k, v) = self.split(self.w_qs(x)), self.keys_values(source)
         if type(mask).__name__ == "BlockMask": return self.merge(attend_flex(q, k, v, mask))
-        if isinstance(mask, SparseBlocks): return self.merge(attend_sparse(q, k, v, *mask))
+        if isinstance(mask, SparseBlocks): return self.merge(attend_sparse(q, k, v, mask))
         return self.merge(attend(q, k, v, mask, causal, self.dropout if self.training else 0.0))
 
 # %% ../nbs/11_videogpt.ipynb #9ef32e97
@@ -390,7 +402,7 @@ class AttentionStack(nn.Module):
         x, states, n = self.right_shift(x) + self.pos_embd()[: x.shape[1]], [], x.shape[1]
         if not self.sparse: mask = None
         elif self.flex: mask = flex_mask(self.shape, n, x.device)
-        else: mask = SparseBlocks(*(part[: n // BLOCK] for part in sparse_blocks(self.shape, x.device)))
+        else: mask = sparse_blocks(self.shape, x.device)
         for block in self.attn_nets[:layers]: states.append(x := block(x, context, labels, mask))
         return states
 
@@ -477,13 +489,21 @@ class Thin:
     "A linear layer for few rows `(B,I)` -> `(B,O)`; inputs of any float type."
 
     def __init__(self, weight, bias=None, batch=1, dtype=torch.float32):
-        self.bias, wider = None if bias is None else bias.to(dtype), weight.shape[0] >= weight.shape[1]
-        self.way = "plain" if weight.device.type != "cpu" or not wider or batch > 8 else "transposed" if batch == 1 else "left"
+        self.bias, self.batch, self.way = None if bias is None else bias.to(dtype), batch, self._way(weight, batch, dtype)
         self.weight = weight.to(dtype).T.contiguous() if self.way == "transposed" else weight.to(dtype)  # (I,O) or (O,I)
+        if self.way == "packed": self.packed = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, batch)
+
+    def _way(self, weight, batch, dtype):
+        if weight.device.type != "cpu": return "plain"
+        packs = torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(torch.ops.mkl, "_mkl_linear")
+        if packs and dtype == torch.float32 and 2 <= batch <= 32: return "packed"
+        if weight.shape[0] < weight.shape[1] or batch > 8: return "plain"
+        return "transposed" if batch == 1 else "left"
 
     def __call__(self, x):
         x = x.to(self.weight.dtype)
         if self.way == "plain": return F.linear(x, self.weight, self.bias)
+        if self.way == "packed": return torch.ops.mkl._mkl_linear(x, self.packed, self.weight, self.bias, self.batch)
         y = x @ self.weight if self.way == "transposed" else (self.weight @ x.T).T
         return y if self.bias is None else y + self.bias
 
@@ -504,6 +524,9 @@ class DecoderLayer:
         self.context = None if context is None else tuple(y.to(dtype).contiguous() for y in cross.keys_values(context))
         def slots(n): return tuple(up.weight.new_zeros(batch, attn.heads, n, dim // attn.heads, dtype=dtype) for _ in range(2))
         self.cache, self.window = slots(length), slots(window)  # keys and values: all, and those in sight of a block
+
+    @property
+    def thin(self): return [y for y in vars(self).values() if isinstance(y, Thin)]
 
     def split(self, x): return x.unflatten(-1, (self.heads, -1))  # (B,C) -> (B,heads,C/heads)
 
@@ -563,6 +586,13 @@ class Decoder:
         "Bytes of keys and values: all codes, the window, the conditioning frame."
         return sum(t.nbytes for layer in self.layers for t in (*layer.cache, *layer.window, *(layer.context or ())))
 
+    def bytes_of_step(self, position):
+        "Bytes that a step at a position has to read: weights, and the keys and values in sight."
+        weights = sum(thin.weight.nbytes for layer in self.layers for thin in layer.thin) + self.fc_out.weight.nbytes
+        seen = position + 1 if self.visible is None else len(self.visible[position // BLOCK]) - BLOCK + position % BLOCK + 1
+        pairs = sum(t[:, :, :1].nbytes * seen for layer in self.layers for t in layer.cache)
+        return weights + pairs + sum(t.nbytes for layer in self.layers for t in layer.context or ())
+
     @torch.inference_mode()
     def step(self, codes=None):
         "Codes `(B,)` of the previous position (None at the start) -> logits `(B,K)`."
@@ -602,9 +632,9 @@ def _make_static(self: Decoder, batch):
     self.at, self.previous = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(batch, dtype=torch.int64, device=device)
     self.recorded = {}  # number of keys -> (CUDA graph, its logits)
     if self.visible is None: return
-    blocks, seen = sparse_blocks(self.gpt.latent_shape, device)
-    self.keys = block_positions(blocks)  # (n,32m)
-    self.hidden = torch.zeros(length, seen.shape[-1], device=device).masked_fill_(~seen.flatten(0, 1), -torch.inf)  # (S,32m)
+    few = sparse_blocks(self.gpt.latent_shape, device)
+    self.keys = block_positions(few.blocks)  # (n,32m)
+    self.hidden = torch.zeros(length, self.keys.shape[1], device=device).masked_fill_(~few.seen.flatten(0, 1), -torch.inf)  # (S,32m)
 
 
 def _static_step(self: Decoder, codes):
