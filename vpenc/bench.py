@@ -233,7 +233,7 @@ def race(name, plain, fast, target=None, repeats=3, device="cpu", note="", count
     (p, wall_p), (f, wall_f) = ([statistics.median(t) for t in zip(*side)] for side in zip(*turns))
     return Row(name, p, f, target, difference, (wall_p, wall_f), note, flops=count_flops(fast) if device == "cpu" and count else None)
 
-# %% ../nbs/52_bench.ipynb #3d3a2642
+# %% ../nbs/52_bench.ipynb #95a56ea3
 def count_flops(run) -> int:
     "Floating-point operations of the matrix products, convolutions and attention of one call."
     from torch.utils.flop_counter import FlopCounterMode
