@@ -1,7 +1,10 @@
 """Publish a batch: copy its table, figures and results to outputs/reference/ and draw test masks for the README.
+Or publish a study: its executed notebook (without progress bars and paths of this machine), figures and tables, in a folder there.
 
 Usage: python tools/reference.py [outputs/table1]        (run by `make reference`)
+       python tools/reference.py EXECUTED.ipynb outputs/finetune
 """
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -29,8 +32,26 @@ def draw_masks(probe: Path, path: Path, count: int = 5):
     figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
+def publish_study(executed: Path, results: Path, target: Path):
+    "Copy a study's notebook, pictures and tables."
+    notebook = json.loads(executed.read_text(encoding="utf-8"))
+    notebook["metadata"] = {k: v for k, v in notebook["metadata"].items() if k == "kernelspec"}
+    for cell in notebook["cells"]:
+        cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k == "tags" and v}
+        cell["outputs"] = [o for o in cell.get("outputs", []) if o.get("name") != "stderr" and not any("widget" in kind for kind in o.get("data", {}))]
+        if cell["cell_type"] != "code": del cell["outputs"]
+    target.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    (target / f"{results.name}.ipynb").write_text(text.replace(f"{ROOT}/", ""), encoding="utf-8")
+    for path in [*results.glob("*.png"), *results.glob("*.csv")]: shutil.copy(path, target)
+
+
 def main() -> int:
-    batch, reference = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "outputs" / "table1"), ROOT / "outputs" / "reference"
+    reference = ROOT / "outputs" / "reference"
+    if len(sys.argv) == 3:
+        publish_study(Path(sys.argv[1]), Path(sys.argv[2]), reference / Path(sys.argv[2]).name)
+        return 0
+    batch = Path(sys.argv[1] if len(sys.argv) > 1 else ROOT / "outputs" / "table1")
     reference.mkdir(parents=True, exist_ok=True)
     for old in reference.iterdir():
         if old.is_file() and old.name != FILM.name: old.unlink()  # studies lie in folders of their own

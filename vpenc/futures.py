@@ -345,7 +345,7 @@ def verdict(
     if not possible: return f"Nobody can say: what happened, through the VQ-VAE, moves no more than a still clip; {amount}."
     if gained < possible / 2 or (inside and math.isnan(inside["dreams"])): return f"No, they hardly move: {amount}."
     if inside is None: return f"They move, but without masks of the arm nobody can say what: {amount}."
-    place = (f"{inside['dreams']:.0%} of the pixels that change lie where the true arm passes "
+    place = (f"{inside['dreams']:.0%} of the pixels that change lie where the arm passes "
              f"(reconstruction {inside['reconstruction']:.0%}, chance {inside['chance']:.0%})")
     if not inside["dreams"] > (inside["reconstruction"] + inside["chance"]) / 2:
         return f"No, something else moves: {amount}, but only {place}."
@@ -358,5 +358,6 @@ def verdict(
         blame = ("the VQ-VAE's codes can show the arm, so it is their prediction that loses it" if kept else
                  "the VQ-VAE's codes lose much of the arm already")
         return f"No, something moves, but the arm gets lost: {amount}, and {place}, but {size}, and {met}; {blame}."
+    if area["dreams"] > 3 / 2 * max(1, area["reconstruction"]): return f"The arm moves on, but grows: {amount}, {place}, but {size}, and {met}."
     if overlap["dreams"] <= overlap["still"]: return f"The arm moves, but not as it did: {amount}, {place}, {size}, but {met}."
     return f"Yes, the arm moves on: {amount}, {place}, {size}, and {met}."
