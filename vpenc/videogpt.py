@@ -297,16 +297,16 @@ def attend_sparse(q, k, v, few):  # (B,heads,S,d); SparseBlocks of a grid that S
     return torch.cat([torch.cat([run(*head, few) for head in zip(*(x.split(1, 1) for x in clip))], 1) for clip in clips])
 
 
-def _some_heads(q, k, v, few):
-    n, size, far = q.shape[2] // BLOCK, few.near * BLOCK, [d for d in few.distances[few.near :]]
-    q, *pair = (x.unflatten(2, (n, BLOCK)) for x in (q * q.shape[-1] ** -0.5, k, v))  # (..,n,32,d)
-    near_k, near_v = (F.pad(x, (0, 0, size - BLOCK, 0)).unfold(2, size, BLOCK) for x in (k, v))  # views (..,n,d,32*near)
-    def behind(d, x): return x[:, :, : n - d] if d < n else x[:, :, :0]
-    parts = [q @ near_k] + [F.pad(q[:, :, d:] @ behind(d, pair[0]).transpose(-1, -2), (0, 0, 0, 0, min(d, n), 0)) for d in far]
-    weights = torch.cat(parts, -1).masked_fill_(~few.seen[:n], -torch.inf).softmax(-1)
-    near, *further = weights.split([size, *[BLOCK] * len(far)], -1)
+def _some_heads(q, k, v, few):  # (B,heads,S,d)
+    n, size = q.shape[2] // BLOCK, few.near * BLOCK
+    far = [d for d in few.distances[few.near :] if d < n]
+    near_k, near_v = (F.pad(x, (0, 0, size - BLOCK, 0)).unfold(2, size, BLOCK) for x in (k, v))  # views (B,heads,n,d,32*near)
+    q, k, v = (x.unflatten(2, (n, BLOCK)) for x in (q * q.shape[-1] ** -0.5, k, v))  # (B,heads,n,32,d)
+    parts = [q @ near_k] + [F.pad(q[:, :, d:] @ k[:, :, :-d].transpose(-1, -2), (0, 0, 0, 0, d, 0)) for d in far]
+    scores = torch.cat(parts, -1)  # (B,heads,n,32,32m)
+    near, *further = scores.masked_fill_(~few.seen[:n, :, : scores.shape[-1]], -torch.inf).softmax(-1).split([size] + [BLOCK] * len(far), -1)
     y = near @ near_v.transpose(-1, -2)
-    for d, w in zip(far, further): y[:, :, d:] += w[:, :, d:] @ behind(d, pair[1])
+    for d, weights in zip(far, further): y[:, :, d:] += weights[:, :, d:] @ v[:, :, :-d]
     return y.flatten(2, 3)
 
 
