@@ -848,8 +848,8 @@ def same_codes(gpt, other) -> bool:
     return digest(*gpt.vqvae.state_dict().values()) == digest(*other.state_dict().values())
 
 
-def heritage(init, gpt, given) -> tuple[str, list, list]:
-    "Of the model that a run started from: how it was made, out of its card; log and pictures of its VQ-VAE, if that is still in use."
+def heritage(init, kept) -> tuple[str, list, list]:
+    "Of the model that a run started from: how it was made, out of its card; if its VQ-VAE is `kept`, that one's log and picture."
     if init is None: return "", [], []
     folder = find_model(init)
     text, rows, pictures = f"## Started from `{folder.name}`\n", [], []
@@ -860,7 +860,7 @@ def heritage(init, gpt, given) -> tuple[str, list, list]:
             if table or line.startswith(("- data:", "- made by:", "## Started from")): made.append(line)
             elif made and made[-1]: made.append("")
         text += "\n" + "\n".join(made).strip() + "\n"
-    if (folder/"log.jsonl").is_file() and same_codes(gpt, given):
+    if kept and (folder/"log.jsonl").is_file():
         rows, pictures = [row for row in read_log(folder/"log.jsonl") if row["stage"] == "vqvae"], [folder/"reconstructions.png"]
     return text, rows, pictures
 
@@ -877,8 +877,9 @@ def export_model(
     given=None,
 ):
     "Save float16 weights, card, log and a picture of the curves."
-    start, rows, pictures = heritage(init, gpt, given)
-    rows, before = rows + read_log(Path(out)/"log.jsonl"), given if isinstance(given, VideoGPT) and same_codes(gpt, given) else None
+    kept = given is not None and same_codes(gpt, given)
+    start, rows, pictures = heritage(init, kept)
+    rows, before = rows + read_log(Path(out)/"log.jsonl"), given if kept and isinstance(given, VideoGPT) else None
     pictures = [path for path in (*pictures, *(Path(out)/f"{name}.png" for name in PICTURES)) if path.exists() and finished]
     bits = code_bits(gpt, store, before=before) if finished else None
     card = model_card(config, rows, preset, store, finished, bits, pictures, start)
