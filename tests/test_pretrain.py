@@ -237,7 +237,7 @@ def test_command_line_reaches_every_setting(tmp_path, clips, capsys):
 
 
 def test_presets_are_whole():
-    for name in ("tiny", "small", "bair"):
+    for name in ("tiny", "sim", "small", "bair"):
         config = configure(name)
         assert config.parallel and config.aligned and config.color_jitter and config.codebook_restarts
         for stage in ("vqvae", "parallel", "gpt"): assert config.plan(stage).steps > 0

@@ -292,7 +292,7 @@ def parser() -> argparse.ArgumentParser:
 
     train = command("pretrain", pretrain, "train a VQ-VAE and a VideoGPT on clips; the same command resumes; torchrun starts several")
     train.add_argument("data", metavar="CLIPS", help="HDF5 file of clips, folder of such files, pattern, or sim: simulate them first")
-    train.add_argument("--preset", default="tiny", help="tiny, small or bair (default: tiny)")
+    train.add_argument("--preset", default="tiny", help="tiny, sim, small or bair (default: tiny)")
     train.add_argument("--out", required=True, metavar="DIR", help="gets checkpoints, log, pictures and model/")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                        help="a setting, such as steps=500, steps_gpt=800, hidden_dim=96 or aligned=False (repeatable)")

@@ -57,7 +57,7 @@ def _head(objective, config, vqvae):
     "One 1x1 convolution from the ResNet's output: to codes at all latent times, or to logits of the mask."
     channels = config.resnet_widths[-1]
     if objective == "labels": return nn.Conv2d(channels, 1, 1)
-    return ParallelHead(channels, vqvae.config.n_codes, vqvae.latent_shape)
+    return ParallelHead(channels, vqvae.config.n_codes, vqvae.latent_shape, config.cond_shape[1:])
 
 
 def _codes_stage(objective, resnet, head, store, vqvae, out) -> Stage:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 from .checkpoints import find_model, from_pretrained, load_vqvae, save_pretrained
 from .files import atomic, did_you_mean, digest, locked, progress, read_json, write_json
+from .linear_start import linear_start
 from .shards import open_clips
 from .training import (PRECISIONS, Log, Plan, Stage, Stop, Team, mixed_precision, processes, read_log, run_stage, seeded,
                             share_batch_norm, sum_over_processes, write_log)
@@ -45,6 +46,7 @@ class PretrainConfig:
     learning_rate: tuple = (4e-4, 1e-3, 3e-4)  # the peak
     accumulate: tuple = (1, 1, 1)  # micro-batches that a step's batch is cut into
     minutes: tuple | None = None  # optional cap; a run that meets it depends on the machine's speed
+    linear_start: bool = True  # encoder and decoder start as a PCA of blocks (`vpenc.linear_start`)
     parallel: bool = True  # parallel code prediction, as a stage and as the GPT's second loss (weight 1)
     aligned: bool = True  # cross-attention starts aligned
     codebook_restarts: tuple = (20, 40, 80, 160)  # steps at which the codebook starts again from the latents of that step
@@ -88,7 +90,13 @@ PRESETS = {
             resnet_widths=(32, 64, 96, 240), resnet_blocks=(1, 2, 2, 1),
             vqvae=VQVAEConfig(n_hiddens=48, n_res_layers=2, embedding_dim=64, n_codes=512, downsample=(4, 4, 4),
                               sequence_length=8)),
-        steps=(3000, 240, 450), batch_size=(4, 16, 8), learning_rate=(3e-3, 1e-3, 1e-3), warmup=20, every=75),
+        steps=(900, 240, 450), batch_size=(4, 16, 8), learning_rate=1e-3, warmup=20, every=75),
+    "sim": PretrainConfig(
+        model=VideoGPTConfig(
+            hidden_dim=192, heads=4, layers=3, dropout=0., attn_dropout=0., attn_type="sparse",
+            resnet_widths=(32, 64, 96, 240), resnet_blocks=(1, 2, 2, 1),
+            vqvae=VQVAEConfig(n_hiddens=48, n_res_layers=2, embedding_dim=64, sequence_length=8)),
+        steps=(2200, 200, 1500), batch_size=(4, 16, 4), learning_rate=1e-3, warmup=20, every=100),
     "small": PretrainConfig(
         model=VideoGPTConfig(
             hidden_dim=384, heads=4, layers=6, dropout=.1, attn_dropout=0.,
@@ -308,11 +316,13 @@ def train_vqvae(
     "Stage 1."
     team = run.setdefault("team", Team(device))
     with seeded(config.seed): vqvae = VQVAE(config.model.vqvae).to(team.device).train()
-    if init: vqvae.load_state_dict(init.state_dict())
-    share_batch_norm(vqvae)
-    vqvae.codebook.__class__, vqvae.codebook.lives = LearningCodebook, config.codebook_lives
     length = config.model.vqvae.sequence_length
     clips = Clips(store, "train", length, config.color_jitter, config.seed)
+    if init: vqvae.load_state_dict(init.state_dict())
+    elif config.linear_start:
+        linear_start(vqvae, clips.batch(np.linspace(0, len(clips) - 1, min(32, len(clips))).astype(int)).to(team.device))
+    share_batch_norm(vqvae)
+    vqvae.codebook.__class__, vqvae.codebook.lives = LearningCodebook, config.codebook_lives
     test = Clips(store, "test", length, limit=config.validation_clips)
     restarts = set() if init else {0, *config.codebook_restarts}  # 0: also when a checkpoint of step 0 was loaded
 
@@ -447,21 +457,26 @@ def mask_readout_r2(
 
 # %% ../nbs/14_pretrain.ipynb #f48894bc
 class ParallelHead(nn.Module):
-    "A 1x1 convolution from the conditioning ResNet's output to the codes at all latent times."
+    "A 1x1 convolution from the conditioning ResNet's output to the codes of every cell, at all latent times."
     def __init__(
         self,
         channels: int,  # of the ResNet's output
         n_codes: int,
         latent_shape: tuple,  # (T', H', W')
+        grid: tuple,  # (h, w) of the ResNet's output
     ):
         super().__init__()
-        self.n_codes, self.latent_shape = n_codes, tuple(latent_shape)
-        self.conv = nn.Conv2d(channels, n_codes * latent_shape[0], 1)
+        self.n_codes, self.latent_shape, self.grid = n_codes, tuple(latent_shape), tuple(grid)
+        t, *fine = latent_shape
+        self.inside = tuple(max(1, a // b) for a, b in zip(fine, grid))  # places of codes in a cell: rows, columns
+        self.conv = nn.Conv2d(channels, t * math.prod(self.inside) * n_codes, 1)
 
     def forward(self, features):  # (B, C, h, w) -> (B, T', H', W', K)
-        t, h, w = self.latent_shape
-        if features.shape[-2:] != (h, w): features = F.interpolate(features, (h, w), mode="bilinear")
-        return self.conv(features).view(-1, t, self.n_codes, h, w).movedim(2, -1)
+        (t, height, width), (a, b) = self.latent_shape, self.inside
+        coarse = height // a, width // b
+        if features.shape[-2:] != coarse: features = F.interpolate(features, coarse, mode="bilinear")
+        logits = self.conv(features).view(len(features), t, a, b, self.n_codes, *coarse)
+        return logits.permute(0, 1, 5, 2, 6, 3, 4).reshape(-1, t, height, width, self.n_codes)
 
 # %% ../nbs/14_pretrain.ipynb #81b47ef6
 class CodeData:
@@ -658,7 +673,8 @@ def train_videogpt(
         gpt = VideoGPT(config.model).to(team.device).train()
         head = None
         if config.parallel:
-            head = ParallelHead(config.model.resnet_widths[-1], config.model.vqvae.n_codes, vqvae.latent_shape).to(team.device)
+            shapes = config.model.vqvae.n_codes, vqvae.latent_shape, config.model.cond_shape[1:]
+            head = ParallelHead(config.model.resnet_widths[-1], *shapes).to(team.device)
     if init: gpt.load_state_dict(init.state_dict())
     gpt.vqvae.load_state_dict(vqvae.state_dict())
     gpt.vqvae.eval().requires_grad_(False)
