@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PLAN = ["files", "video", "loader", "sim", "shards", "ingest", "bair", "masks", "coco", "conv", "vqvae", "videogpt", "magvit",
+PLAN = ["files", "video", "loader", "sim", "shards", "ingest", "bair", "masks", "coco", "conv", "vqvae", "linear_start", "videogpt", "magvit",
         "checkpoints", "training", "pretrain", "objectives", "scale", "encoders", "features", "futures", "latents", "heads", "losses", "metrics",
         "probe", "experiment", "kernels", "runner", "results", "viz", "latent_plots", "explore", "label", "bench", "cli"]
 MODULES = [name for name in PLAN if (ROOT / "vpenc" / f"{name}.py").exists()]

@@ -469,14 +469,14 @@ class ParallelHead(nn.Module):
         self.n_codes, self.latent_shape, self.grid = n_codes, tuple(latent_shape), tuple(grid)
         t, *fine = latent_shape
         self.inside = tuple(max(1, a // b) for a, b in zip(fine, grid))  # places of codes in a cell: rows, columns
-        self.conv = nn.Conv2d(channels, t * math.prod(self.inside) * n_codes, 1)
+        self.linear = nn.Linear(channels, t * math.prod(self.inside) * n_codes)
 
     def forward(self, features):  # (B, C, h, w) -> (B, T', H', W', K)
         (t, height, width), (a, b) = self.latent_shape, self.inside
         coarse = height // a, width // b
         if features.shape[-2:] != coarse: features = F.interpolate(features, coarse, mode="bilinear")
-        logits = self.conv(features).view(len(features), t, a, b, self.n_codes, *coarse)
-        return logits.permute(0, 1, 5, 2, 6, 3, 4).reshape(-1, t, height, width, self.n_codes)
+        logits = self.linear(features.movedim(1, -1)).unflatten(-1, (t, a, b, self.n_codes))  # (B, h, w, t, a, b, K)
+        return logits.permute(0, 3, 1, 4, 2, 5, 6).reshape(-1, t, height, width, self.n_codes)
 
 # %% ../nbs/14_pretrain.ipynb #81b47ef6
 class CodeData:
