@@ -319,15 +319,10 @@ def sample_codes(
     seed=0,
 ):
     "One draw of codes (B, T', H', W') per frame, decided by the frame's values and `seed`, whatever the batch."
-    shape = math.prod(gpt.latent_shape), gpt.config.vqvae.n_codes  # (P, K)
-    group = max(1, 2 ** 26 // math.prod(shape))  # frames whose noise fits into 256 MB
-    draws = []
-    for part in frames.split(group):
-        noise = [-torch.empty(shape).exponential_(generator=g).log() for g in frame_generators(part, seed)]
-        count = gpt.config.n_cond_frames
-        condition = part[:, :, None].expand(-1, -1, count, -1, -1) if count else None
-        draws.append(gpt.sample(condition, n=len(part), noise=torch.stack(noise, 1).to(part.device)))  # noise (P, B, K)
-    return torch.cat(draws)
+    places, count = math.prod(gpt.latent_shape), gpt.config.n_cond_frames
+    numbers = torch.stack([torch.rand(places, generator=g) for g in frame_generators(frames, seed)], 1)  # (P, B)
+    condition = frames[:, :, None].expand(-1, -1, count, -1, -1) if count else None
+    return gpt.sample(condition, n=len(frames), uniform=numbers.to(frames.device))
 
 # %% ../nbs/20_encoders.ipynb #e73f31f6
 VQVAE_TAPS = {

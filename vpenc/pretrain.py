@@ -96,13 +96,13 @@ PRESETS = {
             hidden_dim=192, heads=4, layers=3, dropout=0., attn_dropout=0., attn_type="sparse",
             resnet_widths=(32, 64, 96, 240), resnet_blocks=(1, 2, 2, 1),
             vqvae=VQVAEConfig(n_hiddens=48, n_res_layers=2, embedding_dim=64, sequence_length=8)),
-        steps=(2200, 200, 1500), batch_size=(4, 16, 4), learning_rate=1e-3, warmup=20, every=100),
+        steps=(2200, 200, 2000), batch_size=(4, 16, 4), learning_rate=1e-3, warmup=20, every=200),
     "small": PretrainConfig(
         model=VideoGPTConfig(
-            hidden_dim=384, heads=4, layers=6, dropout=.1, attn_dropout=0.,
+            hidden_dim=384, heads=4, layers=6, dropout=.1, attn_dropout=0., attn_type="sparse",
             resnet_widths=(64, 128, 256, 240), resnet_blocks=(2, 2, 2, 2),
-            vqvae=VQVAEConfig(n_hiddens=128, n_res_layers=2, embedding_dim=128, n_codes=1024, downsample=(4, 4, 4))),
-        steps=(20_000, 5_000, 30_000), batch_size=(8, 32, 16), learning_rate=(1e-3, 1e-3, 5e-4), every=500),
+            vqvae=VQVAEConfig(n_hiddens=128, n_res_layers=2, embedding_dim=128, sequence_length=8)),
+        steps=(8_000, 2_000, 30_000), batch_size=(8, 32, 16), learning_rate=(1e-3, 1e-3, 5e-4), every=500),
     "bair": PretrainConfig(every=1000),
 }
 

@@ -687,11 +687,14 @@ def cache_bytes(
     return numbers * config.layers * batch * torch.empty(0, dtype=dtype).element_size()
 
 # %% ../nbs/11_videogpt.ipynb #a10989fe
-def draw(logits, temperature=1.0, top_k=None, generator=None, noise=None):
-    "One code per row of logits `(B,K)`; with `noise` `(B,K)` the largest of logits + noise."
+def draw(logits, temperature=1.0, top_k=None, generator=None, noise=None, uniform=None):
+    "One code per row of logits `(B,K)`; with `noise` `(B,K)` the largest of logits + noise, with `uniform` `(B,)` the one at that share."
     logits = logits.float() / temperature
     if top_k: logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if noise is not None: return (logits + noise).argmax(-1)
+    if uniform is not None:
+        passed = logits.softmax(-1).cumsum(-1)  # (B,K), rises to 1
+        return torch.searchsorted(passed, (uniform * passed[:, -1])[:, None], right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
@@ -705,6 +708,7 @@ def sample(
     top_k=None,  # only the k likeliest codes; 1 is greedy
     generator=None,  # torch.Generator on the model's device
     noise=None,  # (P,n,K), added to the logits of the first P positions, which then take the largest
+    uniform=None,  # (P,n) in [0, 1), instead of random numbers for the first P positions
     progress=False,  # show a progress bar
     dtype=torch.float32,  # torch.bfloat16: half the memory, less exact
     graph=False,  # static shapes, recorded as a CUDA graph on a GPU
@@ -717,14 +721,15 @@ def sample(
         raise ValueError(f"top_k: 1..{self.config.vqvae.n_codes} expected; got {top_k}")
     if noise is not None and tuple(noise.shape[1:]) != (n, self.config.vqvae.n_codes):
         raise ValueError(f"noise: (P,{n},{self.config.vqvae.n_codes}) expected; got {tuple(noise.shape)}")
+    if uniform is not None and (uniform.ndim != 2 or uniform.shape[1] != n): raise ValueError(f"uniform: (P,{n}) expected; got {tuple(uniform.shape)}")
     decoder, codes, drawn = Decoder(self, n, frames, labels, dtype, graph), None, []
     positions = range(math.prod(self.latent_shape))
     if progress:
         from vpenc.files import progress as bar
         positions = bar(positions, "sampling codes")
     for i in positions:
-        injected = noise[i] if noise is not None and i < len(noise) else None
-        codes = draw(decoder.step(codes), temperature, top_k, generator, injected)
+        given = (None if numbers is None or i >= len(numbers) else numbers[i] for numbers in (noise, uniform))
+        codes = draw(decoder.step(codes), temperature, top_k, generator, *given)
         drawn.append(codes)
     return torch.stack(drawn, 1).view(n, *self.latent_shape)
 
