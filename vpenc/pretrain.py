@@ -466,7 +466,7 @@ class ParallelHead(nn.Module):
         grid: tuple,  # (h, w) of the ResNet's output
     ):
         super().__init__()
-        self.n_codes, self.latent_shape, self.grid = n_codes, tuple(latent_shape), tuple(grid)
+        self.n_codes, self.latent_shape = n_codes, tuple(latent_shape)
         t, *fine = latent_shape
         self.inside = tuple(max(1, a // b) for a, b in zip(fine, grid))  # places of codes in a cell: rows, columns
         self.linear = nn.Linear(channels, t * math.prod(self.inside) * n_codes)
