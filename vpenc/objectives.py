@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from .files import did_you_mean
 from .pretrain import Clips, CodeData, ParallelHead, centred_frames, parallel_stage, validate_codes
-from .training import Plan, Stage, Team, run_stage, seeded
+from .training import Plan, Stage, Team, run_stage, seeded, usual_workers
 from .videogpt import ResNet, VideoGPTConfig
 
 # %% ../nbs/16_objectives.ipynb #a99fe5f3
@@ -39,17 +39,19 @@ def train_resnet(
     vqvae=None,  # trained VQVAE that gives their targets
     frames=None,  # uint8 (N,H,W,3), for 'labels'
     masks=None,  # (N,H,W) bool
+    device=None,  # default: CUDA when present
 ) -> ResNet:  # in eval mode; frames in [-.5, .5] -> (B,C,H/4,W/4)
     "The conditioning ResNet after training for an objective. ValueError when the objective is unknown or lacks its data."
     if objective not in OBJECTIVES: raise ValueError(f"objective: unknown {objective!r}{did_you_mean(objective, OBJECTIVES)}")
     needed = dict(future=(store, vqvae), still=(store, vqvae), labels=(frames, masks), none=())[objective]
     if any(each is None for each in needed):
         raise ValueError(f"objective {objective!r} needs " + ("labelled frames and masks" if objective == "labels" else "clips and a VQ-VAE"))
-    with seeded(plan.seed, 3): resnet = ResNet(config)
+    team = Team(device)
+    with seeded(plan.seed, 3): resnet = ResNet(config).to(team.device)
     if objective == "none": return resnet.eval().requires_grad_(False)
-    with seeded(plan.seed, 4): head = _head(objective, config, vqvae)
-    stage = _labels_stage(resnet, head, frames, masks) if objective == "labels" else _codes_stage(objective, resnet, head, store, vqvae, out)
-    run_stage(stage, plan, out)
+    with seeded(plan.seed, 4): head = _head(objective, config, vqvae).to(team.device)
+    stage = _labels_stage(resnet, head, frames, masks) if objective == "labels" else _codes_stage(objective, resnet, head, store, vqvae, out, team)
+    run_stage(stage, plan, out, team=team, workers=usual_workers(team.device))
     return resnet.eval().requires_grad_(False)
 
 
@@ -60,9 +62,9 @@ def _head(objective, config, vqvae):
     return ParallelHead(channels, vqvae.config.n_codes, vqvae.latent_shape, config.cond_shape[1:])
 
 
-def _codes_stage(objective, resnet, head, store, vqvae, out) -> Stage:
-    kind, team, length = Clips if objective == "future" else StillClips, Team("cpu"), vqvae.config.sequence_length
-    train, test = (CodeData(vqvae, kind(store, split, length, limit=limit), out, team) for split, limit in (("train", None), ("test", 24)))
+def _codes_stage(objective, resnet, head, store, vqvae, out, team) -> Stage:
+    kind, length = Clips if objective == "future" else StillClips, vqvae.config.sequence_length
+    train, test = (CodeData(vqvae.to(team.device), kind(store, split, length, limit=limit), out, team) for split, limit in (("train", None), ("test", 24)))
     predict = dict(parallel=lambda frames, codes: head(resnet(frames)))
     return parallel_stage(types.SimpleNamespace(resnet=resnet), head, train, validate=lambda: validate_codes(predict, test, resnet))
 

@@ -21,15 +21,16 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.data import Dataset
 
 from .checkpoints import find_model, from_pretrained, load_vqvae, save_pretrained
 from .files import atomic, did_you_mean, digest, locked, progress, read_json, write_json
 from .linear_start import linear_start
 from .shards import open_clips
-from .training import (PRECISIONS, Log, Plan, Stage, Stop, Team, mixed_precision, processes, read_log, run_stage, seeded,
-                            share_batch_norm, sum_over_processes, write_log)
+from .training import (PRECISIONS, Log, Plan, Stage, Stop, Team, mixed_precision, processes, read_ahead, read_log, run_stage, seeded,
+                            share_batch_norm, sum_over_processes, usual_workers, write_log)
 from .video import ClipStore, as_clip, to_uint8
-from .videogpt import VideoGPT, VideoGPTConfig
+from .videogpt import VideoGPT, VideoGPTConfig, flex_compiles
 from .vqvae import VQVAE, Codebook, VQVAEConfig, random_latents
 
 # %% ../nbs/14_pretrain.ipynb #5478b61b
@@ -53,7 +54,7 @@ class PretrainConfig:
     codebook_lives: float = 0.  # an unused code is replaced, and left alone until its count has fallen below this; 0: as VideoGPT
     color_jitter: float = .1  # brightness, contrast and colour of each training clip vary by up to this
     average: float = 0.  # decay of the averaged weights of ResNet and GPT, which are the ones saved; 0: none
-    precision: str = "auto"  # 'auto' (bfloat16 on a GPU, float32 on a CPU), 'float32', 'bfloat16'
+    precision: str = "auto"  # 'auto' (bfloat16 for ResNet and GPT on a GPU, else float32), 'float32', 'bfloat16'
     warmup: int = 50  # steps until the learning rate has reached its peak
     betas: tuple = (.9, .95)
     weight_decay: float = .01
@@ -80,7 +81,9 @@ class PretrainConfig:
         number = STAGES.index(stage)
         own = {name: getattr(self, name)[number] for name in PER_STAGE if getattr(self, name) is not None}
         shared = ("warmup", "betas", "weight_decay", "clip_norm", "precision", "every", "seed")
-        return Plan(number, **own, **{name: getattr(self, name) for name in shared}, average=self.average if stage != "vqvae" else 0.)
+        plan = Plan(number, **own, **{name: getattr(self, name) for name in shared}, average=self.average if stage != "vqvae" else 0.)
+        exact = stage == "vqvae" and plan.precision == "auto"  # which code is nearest is a matter of small differences
+        return replace(plan, precision="float32") if exact else plan
 
 # %% ../nbs/14_pretrain.ipynb #0105c2eb
 PRESETS = {
@@ -93,10 +96,10 @@ PRESETS = {
         steps=(900, 240, 450), batch_size=(4, 16, 8), learning_rate=1e-3, warmup=20, every=75),
     "sim": PretrainConfig(
         model=VideoGPTConfig(
-            hidden_dim=192, heads=4, layers=3, dropout=0., attn_dropout=0., attn_type="sparse",
+            hidden_dim=192, heads=4, layers=4, dropout=0., attn_dropout=0., attn_type="sparse",
             resnet_widths=(32, 64, 96, 240), resnet_blocks=(1, 2, 2, 1),
             vqvae=VQVAEConfig(n_hiddens=48, n_res_layers=2, embedding_dim=64, sequence_length=8)),
-        steps=(2200, 200, 2000), batch_size=(4, 16, 4), learning_rate=1e-3, warmup=20, every=200),
+        steps=(5000, 300, 8000), batch_size=(16, 64, 64), learning_rate=1e-3, warmup=100, every=500),
     "small": PretrainConfig(
         model=VideoGPTConfig(
             hidden_dim=384, heads=4, layers=6, dropout=.1, attn_dropout=0., attn_type="sparse",
@@ -388,22 +391,32 @@ def encode_clips(
     folder,  # gets the files
     team: Team,
     batch: int = 16,
+    workers: int | None = None,  # processes that read ahead; default: none on a CPU, up to 8 for a GPU
 ) -> Codes:
     "The codes of all windows; the processes share the work."
     key = digest(*vqvae.state_dict().values(), str(clips.store.path), clips.split, clips.length, clips.jitter, clips.seed, len(clips))
     firsts = range(0, len(clips), PART)
     files = [Path(folder)/f"{clips.split}-{key}-{first // PART:05d}.npy" for first in firsts]
     dtype = np.int16 if vqvae.config.n_codes <= 2**15 else np.int32
+    workers = usual_workers(team.device) if workers is None else workers
     missing = [(file, first) for i, (file, first) in enumerate(zip(files, firsts)) if i % team.size == team.rank and not file.exists()]
     for file, first in missing:
         last = min(first + PART, len(clips))
         codes = np.empty((last - first, *vqvae.latent_shape), dtype)
-        for start in progress(range(first, last, batch), desc=f"encode {clips.split} clips"):
-            video = clips.load(range(start, min(start + batch, last))).to(team.device)
-            codes[start - first:][:len(video)] = vqvae.encode(as_clip(video, memory_format=torch.channels_last_3d)).cpu().numpy()
+        starts = range(first, last, batch)
+        videos = read_ahead(_Videos(clips, batch, last), starts, team.device, workers)
+        for start, video in zip(progress(starts, desc=f"encode {clips.split} clips"), videos):
+            clip = as_clip(video.to(team.device), memory_format=torch.channels_last_3d)
+            codes[start - first:][:len(video)] = vqvae.encode(clip).cpu().numpy()
         with atomic(file) as temporary: np.save(temporary, codes)
     team.wait()
     return Codes(files)
+
+
+class _Videos(Dataset):
+    "Item s: the windows from number s on, `batch` of them or up to `last`."
+    def __init__(self, clips, batch, last): self.clips, self.batch, self.last = clips, batch, last
+    def __getitem__(self, start): return self.clips.load(range(start, min(start + self.batch, self.last)))
 
 # %% ../nbs/14_pretrain.ipynb #9ff7a016
 def code_loss(
@@ -481,8 +494,8 @@ class ParallelHead(nn.Module):
 # %% ../nbs/14_pretrain.ipynb #81b47ef6
 class CodeData:
     "Conditioning frames and codes of the windows of one split."
-    def __init__(self, vqvae: VQVAE, clips: Clips, folder, team: Team):
-        self.clips, self.device, self.codes = clips, team.device, encode_clips(vqvae, clips, folder, team)
+    def __init__(self, vqvae: VQVAE, clips: Clips, folder, team: Team, workers: int | None = None):
+        self.clips, self.device, self.codes = clips, team.device, encode_clips(vqvae, clips, folder, team, workers=workers)
 
     def __len__(self): return len(self.clips)
 
@@ -680,8 +693,10 @@ def train_videogpt(
     gpt.vqvae.eval().requires_grad_(False)
     before = digest(*gpt.vqvae.state_dict().values())
     length = config.model.vqvae.sequence_length
-    train = CodeData(vqvae, Clips(store, "train", length, config.color_jitter, config.seed), Path(out)/"codes", team)
-    test = CodeData(vqvae, Clips(store, "test", length, limit=config.validation_clips), Path(out)/"codes", team)
+    train = CodeData(vqvae, Clips(store, "train", length, config.color_jitter, config.seed), Path(out)/"codes", team, run.get("workers"))
+    test = CodeData(vqvae, Clips(store, "test", length, limit=config.validation_clips), Path(out)/"codes", team, workers=0)
+    width = config.model.hidden_dim // config.model.heads
+    gpt.attn_stack.flex = gpt.attn_stack.sparse and flex_compiles(gpt.latent_shape, config.model.heads, width, team.device)
     predict = dict(parallel=lambda frames, codes: head(gpt.resnet(frames))) if head else {}
 
     def pictures(log, step, final):
@@ -695,6 +710,7 @@ def train_videogpt(
     predict["gpt"] = lambda frames, codes: gpt.logits(codes, frames)
     run_stage(gpt_stage(gpt, head, train, **reports), config.plan("gpt"), out, **run)
     if digest(*gpt.vqvae.state_dict().values()) != before: raise RuntimeError("the VQ-VAE changed while the GPT was trained")
+    gpt.attn_stack.flex = False
     return gpt.eval().requires_grad_(False)
 
 # %% ../nbs/14_pretrain.ipynb #101770bf
@@ -719,7 +735,7 @@ def pretrain(
     out, store, team = Path(out), open_clips(data), Team(device)
     folder = Path(folder) if folder else out/("vqvae" if stage == "vqvae" else "model")
     for name in STAGES: config.plan(name).check(team)
-    workers = min(8, (os.cpu_count() or 1) - 1) if workers is None and team.device.type == "cuda" else workers or 0
+    workers = usual_workers(team.device) if workers is None else workers
     with locked(out/"run") if team.main else contextlib.nullcontext(), Stop(stop_after) as stop:
         if team.main: claim_folder(out, config, digest(*given.state_dict().values()) if given else None)
         team.wait()
@@ -828,10 +844,10 @@ def model_card(config: PretrainConfig, rows: list[dict], preset: str, store: Cli
         f"{'on' if config.parallel else 'off'}, aligned start {'on' if config.aligned else 'off'}, "
         f"colour jitter {config.color_jitter}",
         f"- weights: float16 (trained with precision {config.precision})\n",
-        "| stage | steps | batch | minutes | training loss | held out |", "|---|---|---|---|---|---|"]
+        "| stage | windows | steps | batch | minutes | training loss | held out |", "|---|---|---|---|---|---|---|"]
     for name, batch in zip(STAGES, config.batch_size):
         if row := last.get(name):
-            lines.append(f"| {name} | {row['step']} | {batch} | {row['minutes']:.1f} | {row['loss']:.3f} | {held_out(row)} |")
+            lines.append(f"| {name} | {row.get('windows', '')} | {row['step']} | {batch} | {row['minutes']:.1f} | {row['loss']:.3f} | {held_out(row)} |")
     if bits:
         lines += ["\n| held-out prediction | bits per code, by latent time | bits per pixel |", "|---|---|---|"]
         lines += [f"| {title} | {' '.join(f'{b:.2f}' for b in bits[name])} | {bits[f'{name}_per_pixel']:.4f} |" for name, title in BASELINES.items() if name in bits]

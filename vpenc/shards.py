@@ -88,7 +88,8 @@ class ShardedClips(ClipStore):
 def shard_paths(paths) -> list[Path]:
     "The files of a sharded store, in the order of their names."
     if not isinstance(paths, (str, Path)): files = [Path(p) for p in paths]
-    elif Path(paths).is_dir(): files = sorted(p for p in Path(paths).iterdir() if p.suffix in (".h5", ".hdf5"))
+    elif Path(paths).is_dir():  # hidden: shards that somebody is writing
+        files = sorted(p for p in Path(paths).iterdir() if p.suffix in (".h5", ".hdf5") and not p.name.startswith("."))
     else: files = sorted(map(Path, glob.glob(str(paths))))
     if not files: raise FileNotFoundError(f"{paths}: no HDF5 files of clips there")
     return files

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'seeded', 'epoch_order', 'batch_indices', 'learning_rate', 'Team', 'processes', 'sum_over_processes',
            'GlobalBatchNorm', 'share_batch_norm', 'mixed_precision', 'AverageWeights', 'read_log', 'write_log', 'Log',
-           'Stage', 'Plan', 'batches', 'take_step', 'Run', 'Stopped', 'Stop', 'run_stage']
+           'Stage', 'Plan', 'batches', 'read_ahead', 'usual_workers', 'take_step', 'Run', 'Stopped', 'Stop',
+           'run_stage']
 
 # %% ../nbs/14_training.ipynb #fa421379
 import contextlib, functools, json, math, os, signal, threading, time, warnings
@@ -245,7 +246,7 @@ class Log:
         flat = {}
         for key, value in row.items():
             if isinstance(value, list): flat |= {f"{key}/{i}": v for i, v in enumerate(value)}
-            elif key not in ("stage", "step"): flat[key] = value
+            elif key not in ("stage", "step", "windows"): flat[key] = value
         if row["stage"] in self.writers:
             for key, value in flat.items(): self.writers[row["stage"]].add_scalar(key, value, row["step"])
             self.writers[row["stage"]].flush()
@@ -323,9 +324,18 @@ class _Batches(Dataset):
 
 def batches(stage: Stage, plan: Plan, team: Team, first: int, workers: int = 0) -> DataLoader:
     "The batches of the steps from `first` on, in their order; read ahead by `workers` processes."
+    return read_ahead(_Batches(stage, plan, team), range(first, plan.steps), team.device, workers)
+
+
+def read_ahead(items, order, device, workers: int = 0) -> DataLoader:
+    "`items[i]` for each i of `order`, read ahead by `workers` processes."
     options = dict(multiprocessing_context="fork", prefetch_factor=4) if workers else {}  # readers touch no GPU: forking is safe
-    return DataLoader(_Batches(stage, plan, team), batch_size=None, sampler=range(first, plan.steps), num_workers=workers,
-                      pin_memory=team.device.type == "cuda", generator=torch.Generator(), **options)
+    return DataLoader(items, batch_size=None, sampler=order, num_workers=workers, pin_memory=device.type == "cuda", generator=torch.Generator(), **options)
+
+
+def usual_workers(device) -> int:
+    "Processes that read ahead when nobody says how many: none on a CPU, which has other work, up to 8 for a GPU."
+    return min(8, (os.cpu_count() or 1) - 1) if torch.device(device).type == "cuda" else 0
 
 
 class _Loss(nn.Module):
@@ -464,7 +474,7 @@ def run_stage(
 def _report(run: Run, log: Log, team: Team, learning: float):
     "Validate, log, draw and save."
     run.check()
-    row = dict(stage=run.stage.name, step=run.step, minutes=round(run.minutes, 2))
+    row = dict(stage=run.stage.name, step=run.step, minutes=round(run.minutes, 2), windows=run.stage.count)
     row |= {k: round(v, 6) for k, v in run.means(team).items()} | dict(learning_rate=learning)
     if team.main:
         with run.averaged():

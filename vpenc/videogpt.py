@@ -6,8 +6,9 @@
 __all__ = ['BLOCK', 'LOCAL', 'GELU_SLOPE', 'BUCKET', 'VideoGPTConfig', 'block_grid', 'block_layout', 'sparse_mask',
            'SparseBlocks', 'sparse_blocks', 'block_positions', 'ChannelNorm', 'NormReLU', 'ResidualBlock', 'Stage',
            'ResNet', 'take_middle_slices', 'PlaceEmbedding', 'LayerNorm', 'GELU', 'MLP', 'attend', 'attend_sparse',
-           'MultiHeadAttention', 'flex_mask', 'attend_flex', 'AttentionBlock', 'RightShift', 'AttentionStack',
-           'VideoGPT', 'drop_masks', 'Thin', 'DecoderLayer', 'look', 'Decoder', 'cache_bytes', 'draw', 'sample']
+           'MultiHeadAttention', 'flex_mask', 'attend_flex', 'flex_compiles', 'AttentionBlock', 'RightShift',
+           'AttentionStack', 'VideoGPT', 'drop_masks', 'Thin', 'DecoderLayer', 'look', 'Decoder', 'cache_bytes', 'draw',
+           'sample']
 
 # %% ../nbs/11_videogpt.ipynb #82e79d39
 import math
@@ -334,12 +335,13 @@ class MultiHeadAttention(nn.Module):
         return self.merge(attend(q, k, v, mask, causal, self.dropout if self.training else 0.0))
 
 # %% ../nbs/11_videogpt.ipynb #9ef32e97
+@cache
 def flex_mask(shape, length, device):
     "FlexAttention's mask for the first `length` codes of a grid."
     from torch.nn.attention.flex_attention import create_block_mask
     layout = block_layout(shape).to(device)
     def rule(batch, head, query, key): return layout[query // BLOCK, key // BLOCK] & (key <= query)
-    return create_block_mask(rule, None, None, length, length, device=device)
+    with torch.inference_mode(False): return create_block_mask(rule, None, None, length, length, device=device)  # kept, also for training
 
 
 @cache
@@ -351,6 +353,16 @@ def _flex(compiled):
 def attend_flex(q, k, v, mask):  # (B,heads,S,d); see flex_mask
     "`attend` by FlexAttention, compiled on a GPU."
     return _flex(q.device.type == "cuda")(q, k, v, block_mask=mask)
+
+
+@cache
+def flex_compiles(shape, heads, width, device) -> bool:
+    "Whether FlexAttention with heads of `width` channels can be compiled, and learns, on this device: it needs Triton and a C compiler."
+    if torch.device(device).type != "cuda": return False
+    x, length = torch.randn(1, heads, math.prod(shape), width, device=device, requires_grad=True), math.prod(shape)
+    try: attend_flex(x, x, x, flex_mask(tuple(shape), length, device)).sum().backward()
+    except Exception: return False  # whatever the compiler has to say
+    return True
 
 # %% ../nbs/11_videogpt.ipynb #b52d3c7d
 class AttentionBlock(nn.Module):
