@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .videogpt import Decoder, VideoGPT, VideoGPTConfig, cache_bytes, sparse_mask
+from .videogpt import Decoder, VideoGPT, VideoGPTConfig, cache_bytes, flex_compiles, sparse_mask
 from .vqvae import VQVAEConfig
 
 # %% ../nbs/52_bench.ipynb #59c02e85
@@ -324,7 +324,8 @@ def forced_rows(models, repeats, device):
         run = lambda gpt=gpt: gpt.logits(codes, frame)
         name = f"teacher-forced logits, {kind}, {codes.numel()} codes"
         rows.append(race(name, lambda: plain.logits(codes, frame), run, 4, repeats, device))
-        if device == "cuda" and kind == "sparse":
+        attention = gpt.config.heads, gpt.config.hidden_dim // gpt.config.heads
+        if kind == "sparse" and flex_compiles(gpt.latent_shape, *attention, device):
             gpt.attn_stack.flex = True
             rows.append(race(f"{name}, FlexAttention", lambda: plain.logits(codes, frame), run, None, repeats, device))
             gpt.attn_stack.flex = False

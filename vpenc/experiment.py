@@ -298,7 +298,7 @@ def features_at(
         wanted = np.flatnonzero(np.isin(piece, indices))
         if not len(wanted): continue
         found.append(piece[wanted])
-        batch = 64 if encoder.tap.endswith("codes") else 16  # sampling is a long row of small steps
+        batch = 32 if encoder.tap.endswith("codes") else 16  # sampling is a long row of small steps
         maps.append(extract(encoder, labelled.frames[piece], cache, batch).take(wanted))
     place = {index: i for i, index in enumerate(np.concatenate(found).tolist())}
     return concatenate(maps).take([place[index] for index in np.asarray(indices).tolist()])

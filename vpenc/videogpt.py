@@ -7,8 +7,8 @@ __all__ = ['BLOCK', 'LOCAL', 'GELU_SLOPE', 'BUCKET', 'VideoGPTConfig', 'block_gr
            'SparseBlocks', 'sparse_blocks', 'block_positions', 'ChannelNorm', 'NormReLU', 'ResidualBlock', 'Stage',
            'ResNet', 'take_middle_slices', 'PlaceEmbedding', 'LayerNorm', 'GELU', 'MLP', 'attend', 'attend_sparse',
            'MultiHeadAttention', 'flex_mask', 'attend_flex', 'flex_compiles', 'AttentionBlock', 'RightShift',
-           'AttentionStack', 'VideoGPT', 'drop_masks', 'Thin', 'DecoderLayer', 'look', 'Decoder', 'cache_bytes', 'draw',
-           'sample']
+           'AttentionStack', 'VideoGPT', 'drop_masks', 'Thin', 'DecoderLayer', 'keys_first', 'look', 'Decoder',
+           'cache_bytes', 'draw', 'sample']
 
 # %% ../nbs/11_videogpt.ipynb #82e79d39
 import math
@@ -533,9 +533,10 @@ class DecoderLayer:
         self.up, self.down = thin(up.weight * GELU_SLOPE, up.bias * GELU_SLOPE), thin(down.weight / GELU_SLOPE, down.bias)
         if cross is not None:
             self.cross_q, self.cross_out = thin(scaled(cross.w_qs, cross.heads)), thin(cross.fc.weight, cross.fc.bias)
-        self.context = None if context is None else tuple(y.to(dtype).contiguous() for y in cross.keys_values(context))
         def slots(n): return tuple(up.weight.new_zeros(batch, attn.heads, n, dim // attn.heads, dtype=dtype) for _ in range(2))
-        self.cache, self.window = slots(length), slots(window)  # keys and values: all, and those in sight of a block
+        def ready(k, v): return keys_first(k.to(dtype)), v.to(dtype).contiguous()  # to be looked at
+        self.context = None if context is None else ready(*cross.keys_values(context))
+        self.cache, self.window = slots(length), ready(*slots(window))  # keys and values: all, and those in sight of a block
 
     @property
     def thin(self): return [y for y in vars(self).values() if isinstance(y, Thin)]
@@ -549,6 +550,11 @@ class DecoderLayer:
         if self.context is not None:
             x = x + self.cross_out(look(self.split(self.cross_q(norm(self.block.pre_enc_norm))), *self.context).flatten(1))
         return x + self.down(F.silu(self.up(norm(self.block.pre_fc_norm)), inplace=True))
+
+
+def keys_first(k):  # (B,heads,N,d)
+    "The same, but the keys are neighbours in memory: a product with one query then reads them at the memory's speed."
+    return k.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
 def look(q, k, v, hide=None):  # (B,heads,d), scaled; (B,heads,N,d), (B,heads,N,e); (1,N), 0 or -inf
