@@ -73,7 +73,7 @@ def test_wheel_is_whole_and_small(tmp_path):
     assert wheel.stat().st_size < 20e6
     names = set(zipfile.ZipFile(wheel).namelist())
     needed = {f"vpenc/{name}.py" for name in MODULES}
-    needed |= {f"vpenc/models/{model}/{name}" for model in ("videogpt-sim", "videogpt-sim-fine") for name in ("config.json", "model.safetensors", "README.md")}
+    needed |= {f"vpenc/models/videogpt-sim/{name}" for name in ("config.json", "model.safetensors", "README.md")}
     needed |= {f"vpenc/notebooks/{name}.ipynb" for name in ("ablation", "results", "futures", "latents")}
     assert needed <= names, f"missing from the wheel: {needed - names}"
 

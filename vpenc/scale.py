@@ -68,9 +68,10 @@ def measure_rates(store, config: PretrainConfig, batch: int = 4, seconds: float 
 # %% ../nbs/15_scale.ipynb #1328891b
 @dataclass(frozen=True)
 class Machine:
-    "What one accelerator and its host can do; the defaults are assumptions, not measurements."
-    tflops: float = 990.  # dense bfloat16 peak in 1e12 operations a second (an H100's data sheet)
-    utilisation: float = .15  # share of it that small convolutions and short sequences reach
+    "What one accelerator and its host can do."
+    tflops: float = 990.  # dense bfloat16 peak in 1e12 operations a second (data sheet of an H100 or H200)
+    convolutions: float = .057  # share of it that the VQ-VAE reaches (and, assumed, the ResNet)
+    transformer: float = .21  # and the GPT
     cores: int = 16  # that feed it
     core_speed: float = 1.  # of one, relative to where `rates` were measured
     disk: float = 500e6  # bytes a second
@@ -88,8 +89,8 @@ def estimate(
     seen = [s * b for s, b in zip(config.steps, config.batch_size)] if epochs is None else [e * clips for e in epochs]
     shape = config.model.vqvae
     frame = 3 * shape.resolution**2
-    hours = {name: n * flops[name] / (machine.tflops * 1e12 * machine.utilisation) / 3600 for name, n in zip(("vqvae", "parallel", "gpt"), seen)}
-    hours["encode"] = clips * flops["encode"] / (machine.tflops * 1e12 * machine.utilisation) / 3600
+    reached = lambda part: machine.tflops * 1e12 * (machine.transformer if part == "gpt" else machine.convolutions)
+    hours = {part: n * flops[part] / reached(part) / 3600 for part, n in dict(zip(("vqvae", "parallel", "gpt"), seen), encode=clips).items()}
     cores = machine.cores * machine.core_speed
     frames = shape.sequence_length
     feeding = {"simulating": clips / (rates["simulate"] * cores) / 3600,
