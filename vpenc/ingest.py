@@ -6,14 +6,14 @@
 __all__ = ['ARRAYS', 'STILLS', 'build_store', 'find_videos', 'split_videos', 'convert_videos']
 
 # %% ../nbs/02_ingest.ipynb #bc45e210
-import functools, json, os, shutil, subprocess, sys, tempfile, time, zipfile
+import functools, json, os, shutil, sys, zipfile
 from importlib import import_module
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from .files import digest, locked, progress, read_json, write_json
+from .files import digest, locked, progress, read_json, run_children, write_json
 from .video import FILMS, PICTURES, ClipStore, as_frames, by_number, read_video, to_uint8, write_clips
 
 # %% ../nbs/02_ingest.ipynb #0a2aaf1b
@@ -38,31 +38,10 @@ def _child():
 # %% ../nbs/02_ingest.ipynb #b2a829e9
 def _run_workers(folder, names, workers, bar):
     "Let child processes convert the parts `names`; ValueError with the line of the first that fails."
-    import vpenc
-    one_thread = dict.fromkeys(('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'), '1')
-    home = os.pathsep.join([str(Path(vpenc.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])
-    command = [sys.executable, '-c', 'from vpenc.ingest import _child; _child()']
-    before, logs = bar.n, [tempfile.TemporaryFile('w+') for _ in range(workers)]
-    children = [subprocess.Popen(command, stdin=subprocess.PIPE, stderr=log, text=True,
-                                 env={**os.environ, **one_thread, 'PYTHONPATH': home}) for log in logs]
-    try:
-        for i, child in enumerate(children):
-            json.dump(dict(folder=str(folder), names=names[i::workers]), child.stdin)
-            child.stdin.close()
-        while True:
-            running = [child for child in children if child.poll() is None]
-            bar.update(before + sum((folder / name).exists() for name in names) - bar.n)
-            for child, log in zip(children, logs):
-                if child.poll(): raise ValueError(_last_line(log))
-            if not running: return
-            time.sleep(.05)
-    finally:
-        for child in children: child.kill()
-        for child in children: child.wait()
-
-def _last_line(log):
-    log.seek(0)
-    return (log.read().strip().splitlines() or ['a worker was killed'])[-1]
+    before, shares = bar.n, [dict(folder=str(folder), names=names[i::workers]) for i in range(workers)]
+    def watch(): bar.update(before + sum((folder / name).exists() for name in names) - bar.n)
+    try: run_children('from vpenc.ingest import _child; _child()', shares, watch)
+    except ChildProcessError as error: raise ValueError(str(error)) from None
 
 # %% ../nbs/02_ingest.ipynb #3aa68a1d
 def _assemble(path, folder, job):

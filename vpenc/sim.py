@@ -10,14 +10,14 @@ __all__ = ['LOOKS', 'SPLITS', 'TEST_OFFSET', 'TOY_COLORS', 'ALONG_X', 'UPRIGHT_Y
            'SimClip', 'simulate', 'generate_clips', 'generate_labels']
 
 # %% ../nbs/01_sim.ipynb #5feffde9
-import dataclasses, functools, io, json, math, os, shutil, subprocess, sys, tempfile, time
+import dataclasses, functools, io, json, math, os, shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from .files import atomic, did_you_mean, locked, progress, read_json, write_json
+from .files import atomic, did_you_mean, locked, progress, read_json, run_children, write_json
 
 # %% ../nbs/01_sim.ipynb #d87d1f56
 LOOKS = ('bair', 'camouflage')
@@ -782,30 +782,11 @@ def _work(folder, worker=0, workers=1, each=None):
 # %% ../nbs/01_sim.ipynb #a854893f
 def _run_workers(folder, workers, bar):
     "Let `workers` child processes make the missing parts; ChildProcessError with the worker's last line when one fails."
-    import vpenc
-    one_thread = dict.fromkeys(('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'), '1')
-    home = os.pathsep.join([str(Path(vpenc.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])
-    environment = {**os.environ, **one_thread, 'PYTHONPATH': home}
-    code = 'import sys; from vpenc.sim import _work; _work(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))'
-    command = lambda i: [sys.executable, '-c', code, str(folder), str(i), str(workers)]
     plan = _plan(read_json(folder / 'job.json'))
-    logs = [tempfile.TemporaryFile('w+') for _ in range(workers)]
-    children = [subprocess.Popen(command(i), stderr=log, env=environment) for i, log in enumerate(logs)]
-    try:
-        while True:
-            running = [child for child in children if child.poll() is None]
-            bar.update(sum(len(items) for name, items in plan.items() if (folder / name).exists()) - bar.n)
-            for child, log in zip(children, logs):
-                if child.poll(): raise ChildProcessError(f'a simulation worker failed: {_last_line(log)}')
-            if not running: return
-            time.sleep(.2)
-    finally:
-        for child in children: child.kill()
-        for child in children: child.wait()
-
-def _last_line(log):
-    log.seek(0)
-    return (log.read().strip().splitlines() or ['killed'])[-1]
+    def watch(): bar.update(sum(len(items) for name, items in plan.items() if (folder / name).exists()) - bar.n)
+    code = 'import json, sys; from vpenc.sim import _work; _work(*json.load(sys.stdin))'
+    try: run_children(code, [(str(folder), i, workers) for i in range(workers)], watch)
+    except ChildProcessError as error: raise ChildProcessError(f'a simulation worker failed: {error}') from None
 
 # %% ../nbs/01_sim.ipynb #87b76f89
 def _difference(old, new):
