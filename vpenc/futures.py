@@ -143,8 +143,8 @@ def dream_codes(
     gpt: VideoGPT,
     frames,  # uint8 (B,H,W,3), or (B,c,H,W,3) for a model of c conditioning frames
     n=8,  # dreams of each frame
-    temperature=.9,  # below 1 sharpens
-    top_k=16,  # only the k likeliest codes at each position; None or 0: all
+    temperature=1.,  # below 1 sharpens
+    top_k=64,  # only the k likeliest codes at each position; None or 0: all
     seed=0,
     batch=64,  # dreams at a time
     progress=False,  # show a progress bar
@@ -153,10 +153,11 @@ def dream_codes(
     if n < 1: raise ValueError(f"n: at least 1 dream expected; got {n}")
     condition = condition_of(gpt, frames)
     every, drawn = [(frame, number) for frame in range(len(condition)) for number in range(n)], []
+    likeliest = min(top_k, gpt.config.vqvae.n_codes) if top_k else None
     for first in range(0, len(every), batch):
         part = every[first:first + batch]
         numbers = torch.stack([dream_numbers(frames[frame], seed, number, math.prod(gpt.latent_shape)) for frame, number in part], 1)
-        drawn.append(gpt.sample(condition[[frame for frame, _ in part]], temperature=temperature, top_k=top_k or None,
+        drawn.append(gpt.sample(condition[[frame for frame, _ in part]], temperature=temperature, top_k=likeliest,
                                 uniform=numbers.to(condition.device), progress=progress))
     return torch.cat(drawn).view(len(condition), n, *gpt.latent_shape)
 
