@@ -359,9 +359,11 @@ def attend_flex(q, k, v, mask):  # (B,heads,S,d); see flex_mask
 def flex_compiles(shape, heads, width, device) -> bool:
     "Whether FlexAttention with heads of `width` channels can be compiled, and learns, on this device: it needs Triton and a C compiler."
     if torch.device(device).type != "cuda": return False
-    x, length = torch.randn(1, heads, math.prod(shape), width, device=device, requires_grad=True), math.prod(shape)
-    try: attend_flex(x, x, x, flex_mask(tuple(shape), length, device)).sum().backward()
-    except Exception: return False  # whatever the compiler has to say
+    length = math.prod(shape)
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.randn(1, heads, length, width, device=device, requires_grad=True)
+        try: attend_flex(x, x, x, flex_mask(tuple(shape), length, device)).sum().backward()
+        except Exception: return False  # whatever the compiler has to say
     return True
 
 # %% ../nbs/11_videogpt.ipynb #b52d3c7d
@@ -553,7 +555,7 @@ class DecoderLayer:
 
 
 def keys_first(k):  # (B,heads,N,d)
-    "The same, but the keys are neighbours in memory: a product with one query then reads them at the memory's speed."
+    "The same, but stored channel by channel: a product with one query then reads the keys at the memory's speed."
     return k.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
