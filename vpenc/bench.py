@@ -324,8 +324,7 @@ def forced_rows(models, repeats, device):
         run = lambda gpt=gpt: gpt.logits(codes, frame)
         name = f"teacher-forced logits, {kind}, {codes.numel()} codes"
         rows.append(race(name, lambda: plain.logits(codes, frame), run, 4, repeats, device))
-        attention = gpt.config.heads, gpt.config.hidden_dim // gpt.config.heads
-        if kind == "sparse" and flex_compiles(gpt.latent_shape, *attention, device):
+        if flex_compiles(gpt.config, device):
             gpt.attn_stack.flex = True
             rows.append(race(f"{name}, FlexAttention", lambda: plain.logits(codes, frame), run, None, repeats, device))
             gpt.attn_stack.flex = False

@@ -695,8 +695,7 @@ def train_videogpt(
     length = config.model.vqvae.sequence_length
     train = CodeData(vqvae, Clips(store, "train", length, config.color_jitter, config.seed), Path(out)/"codes", team, run.get("workers"))
     test = CodeData(vqvae, Clips(store, "test", length, limit=config.validation_clips), Path(out)/"codes", team, workers=0)
-    width = config.model.hidden_dim // config.model.heads
-    gpt.attn_stack.flex = gpt.attn_stack.sparse and flex_compiles(gpt.latent_shape, config.model.heads, width, team.device)
+    gpt.attn_stack.flex = flex_compiles(config.model, team.device)
     predict = dict(parallel=lambda frames, codes: head(gpt.resnet(frames))) if head else {}
 
     def pictures(log, step, final):

@@ -355,14 +355,14 @@ def attend_flex(q, k, v, mask):  # (B,heads,S,d); see flex_mask
     return _flex(q.device.type == "cuda")(q, k, v, block_mask=mask)
 
 
-@cache
-def flex_compiles(shape, heads, width, device) -> bool:
-    "Whether FlexAttention with heads of `width` channels can be compiled, and learns, on this device: it needs Triton and a C compiler."
-    if torch.device(device).type != "cuda": return False
-    length = math.prod(shape)
+def flex_compiles(config: VideoGPTConfig, device) -> bool:
+    "Whether the sparse attention of such a model compiles as FlexAttention on this device, and learns: that needs a GPU, Triton and a C compiler."
+    if config.attn_type != "sparse" or torch.device(device).type != "cuda": return False
+    shape = config.vqvae.latent_shape
+    length, width = math.prod(shape), config.hidden_dim // config.heads
     with torch.inference_mode(False), torch.enable_grad():
-        x = torch.randn(1, heads, length, width, device=device, requires_grad=True)
-        try: attend_flex(x, x, x, flex_mask(tuple(shape), length, device)).sum().backward()
+        x = torch.randn(1, config.heads, length, width, device=device, requires_grad=True)
+        try: attend_flex(x, x, x, flex_mask(shape, length, device)).sum().backward()
         except Exception: return False  # whatever the compiler has to say
     return True
 
