@@ -38,6 +38,7 @@ check: dev  ## notebooks and library in step, notebooks clean, README made from 
 	@mkdir -p vpenc/notebooks && cp nbs/analysis/ablation.ipynb nbs/analysis/results.ipynb nbs/analysis/futures.ipynb nbs/analysis/latents.ipynb vpenc/notebooks/
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python tools/readme.py
 	$(BIN)/nbdev_clean
+	$(BIN)/python tools/house.py
 	git diff --exit-code --stat
 
 test: dev check  ## sync, library notebooks, tests/

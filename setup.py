@@ -40,7 +40,7 @@ setup(
         "Programming Language :: Python :: 3.13",
     ],
     packages=find_packages(include=["vpenc", "vpenc.*"]),
-    package_data={"vpenc": ["models/*/*", "notebooks/*.ipynb"]},
+    package_data={"vpenc": ["py.typed", "weights/*/*", "notebooks/*.ipynb", "views/*.js", "views/*.css"]},
     python_requires=f">={settings['min_python']}",
     install_requires=requirements("requirements"),
     extras_require=extras,

@@ -86,14 +86,14 @@ def gpt_shapes(case):
     def attention(name, source):
         shapes.update({f"{name}.w_qs.weight": (H, H), f"{name}.w_ks.weight": (H, source), f"{name}.w_vs.weight": (source, source),
                        f"{name}.fc.weight": (H, source), f"{name}.fc.bias": (H,)})
-    def places(name, grid, dim):
+    def positions(name, grid, dim):
         for axis, n in enumerate(grid): shapes[f"{name}.emb.d_{axis}"] = (n, dim // 3)
     if case.cond_frames:
         shapes |= resnet_shapes(case)
-        places("cond_pos_embd", (case.cond_frames, case.resolution // 4, case.resolution // 4), W)
+        positions("cond_pos_embd", (case.cond_frames, case.resolution // 4, case.resolution // 4), W)
     shapes["fc_in.weight"] = (H, case.dim)
     shapes["attn_stack.right_shift.sos"] = (H,)
-    places("attn_stack.pos_embd", case.latent, H)
+    positions("attn_stack.pos_embd", case.latent, H)
     for i in range(case.layers):
         block = f"attn_stack.attn_nets.{i}"
         norm(f"{block}.pre_attn_norm")
@@ -320,7 +320,7 @@ def resnet(w, frames):  # (B,3,n,H,W) -> (B,n,H/4,W/4,C)
     return x.movedim(1, -1)
 
 
-def places(w, name):  # (T,H,W,C): a third of the channels for each axis
+def positions(w, name):  # (T,H,W,C): a third of the channels for each axis
     parts = [w[f"{name}.emb.d_{axis}"] for axis in range(3)]
     out = torch.empty(*(len(part) for part in parts), 3 * parts[0].shape[1])
     for t, h, x in itertools.product(*(range(len(part)) for part in parts)):
@@ -371,10 +371,10 @@ def gpt_hidden(w, case, codes, frames=None, labels=None):
     "Stream after each block and after the final norm, each (B,S,H); `frames` (B,3,n,H,W), `labels` (B,)."
     label = None if labels is None else F.one_hot(labels, case.classes).float()
     cond = None
-    if frames is not None: cond = (resnet(w, frames) + places(w, "cond_pos_embd")).flatten(1, 3)
+    if frames is not None: cond = (resnet(w, frames) + positions(w, "cond_pos_embd")).flatten(1, 3)
     x = w["vqvae.codebook.embeddings"][codes.flatten(1)] @ w["fc_in.weight"].T
     x = torch.cat([w["attn_stack.right_shift.sos"].expand(len(x), 1, -1), x[:, :-1]], 1)
-    x = x + places(w, "attn_stack.pos_embd").flatten(0, 2)
+    x = x + positions(w, "attn_stack.pos_embd").flatten(0, 2)
     seen, states = seen_keys(case.attn_type, case.latent), []
     for i in range(case.layers):
         block = f"attn_stack.attn_nets.{i}"

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from vpenc import bair
-from vpenc.bair import convert_bair
+from vpenc.data.bair import convert_bair
 from vpenc.files import file_sha256
-from vpenc.loader import clip_loader
-from vpenc.video import ClipStore
+from vpenc.data.loader import clip_loader
+from vpenc.data.video import ClipStore
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -149,12 +149,12 @@ def test_two_jobs_from_a_compressed_archive(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("number", range(2))
-@pytest.mark.parametrize("place", ["length", "length crc", "payload", "payload crc"])
-def test_one_flipped_bit_is_named(tiny, tmp_path, crc, place, number):
+@pytest.mark.parametrize("position", ["length", "length crc", "payload", "payload crc"])
+def test_one_flipped_bit_is_named(tiny, tmp_path, crc, position, number):
     source = (tiny / "softmotion30_44k/train/traj_10_to_11.tfrecords").read_bytes()
     first = len(record(example(features_of(trajectory(10)), STYLES[10 % 3])))
     begin, end = ((0, first), (first, len(source)))[number]
-    at = {"length": begin + 2, "length crc": begin + 11, "payload": begin + 5000, "payload crc": end - 2}[place]
+    at = {"length": begin + 2, "length crc": begin + 11, "payload": begin + 5000, "payload crc": end - 2}[position]
     data = bytearray(source)
     data[at] ^= 32
     path = tmp_path / "set/train/traj_10_to_11.tfrecords"
@@ -162,7 +162,7 @@ def test_one_flipped_bit_is_named(tiny, tmp_path, crc, place, number):
     path.write_bytes(data)
     with pytest.raises(ValueError) as error: convert_bair(tmp_path / "set", tmp_path / "bair.h5", jobs=1)
     words = str(error.value)
-    assert str(path) in words and f"record {number} " in words and f"the {place.split()[0]}'s CRC32C" in words and "\n" not in words
+    assert str(path) in words and f"record {number} " in words and f"the {position.split()[0]}'s CRC32C" in words and "\n" not in words
     assert not (tmp_path / "bair.h5").exists()
 
 
@@ -195,7 +195,7 @@ def test_kill_and_resume(tiny, tmp_path):
     "kill -9 after the first part: the rest is converted, the file is as if nothing had happened."
     wanted = file_sha256(convert_bair(tiny / "bair.tar", tmp_path / "wanted.h5", jobs=1))
     out = tmp_path / "killed.h5"
-    code = f"""import time, vpenc.bair as bair
+    code = f"""import time, vpenc.data.bair as bair
 quick = bair.read_trajectory
 bair.read_trajectory = lambda *args: (time.sleep(.15), quick(*args))[1]
 bair.convert_bair({str(tiny / 'bair.tar')!r}, {str(out)!r}, jobs=1)"""

@@ -16,9 +16,9 @@ import torch
 
 import reference_videogpt as plain
 from reference_videogpt import Case
-from vpenc.checkpoints import LightningFile, build_original, convert, from_pretrained, load_videogpt, load_vqvae
-from vpenc.videogpt import VideoGPT
-from vpenc.vqvae import VQVAE
+from vpenc.models.checkpoints import LightningFile, build_original, convert, from_pretrained, load_videogpt, load_vqvae
+from vpenc.models.videogpt import VideoGPT
+from vpenc.models.vqvae import VQVAE
 
 SMALL = Case(hiddens=4, dim=3, codes=5, resolution=16, hidden=12, heads=2, widths=(4, 4, 4, 6), blocks=(1, 2, 1, 1))
 
@@ -114,10 +114,10 @@ def test_other_precisions(tmp_path, dtype):
 
 
 def test_cuda_storages(tmp_path):
-    "A file written from a GPU names `cuda:0` as the place of its storages."
+    "A file written from a GPU names `cuda:0` as the position of its storages."
     weights = plain.random_weights(plain.gpt_shapes(SMALL))
     path = gpt_file(tmp_path / "gpt.ckpt", SMALL, weights)
-    cpu, cuda = (b"X" + len(place).to_bytes(4, "little") + place for place in (b"cpu", b"cuda:0"))
+    cpu, cuda = (b"X" + len(position).to_bytes(4, "little") + position for position in (b"cpu", b"cuda:0"))
     rewrite(path, lambda name, content: content.replace(cpu, cuda) if name.endswith("data.pkl") else content)
     with pytest.raises((RuntimeError, pickle.UnpicklingError, ModuleNotFoundError)): torch.load(path, weights_only=False)
     assert cuda in zipfile.ZipFile(path).read("gpt/data.pkl")
@@ -307,8 +307,8 @@ def attacks(trap):
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-@pytest.mark.parametrize("place", ["state_dict", "a tensor", "args", "an argument", "callbacks", "optimizer", "root"])
-def test_hostile_pickles_create_nothing(tmp_path, place, legacy):
+@pytest.mark.parametrize("position", ["state_dict", "a tensor", "args", "an argument", "callbacks", "optimizer", "root"])
+def test_hostile_pickles_create_nothing(tmp_path, position, legacy):
     home, trap = tmp_path / "home", tmp_path / "trap"
     home.mkdir()
     (tmp_path / "code.py").write_text(f"open({str(trap)!r}, 'w')")
@@ -316,13 +316,13 @@ def test_hostile_pickles_create_nothing(tmp_path, place, legacy):
     path, refused = home / "bad.ckpt", set()
     for name, attack in attacks(trap).items():
         content = {"state_dict": weights, "callbacks": {}, "optimizer_states": [], "hyper_parameters": {"args": plain.vqvae_arguments(SMALL)}}
-        if place == "state_dict": content["state_dict"] = attack
-        if place == "a tensor": content["state_dict"] = {**weights, "codebook.N": attack}
-        if place == "args": content["hyper_parameters"] = {"args": attack}
-        if place == "an argument": content["hyper_parameters"]["args"].downsample = attack
-        if place == "callbacks": content["callbacks"] = {"x": attack}
-        if place == "optimizer": content["optimizer_states"] = attack
-        if place == "root": content = attack
+        if position == "state_dict": content["state_dict"] = attack
+        if position == "a tensor": content["state_dict"] = {**weights, "codebook.N": attack}
+        if position == "args": content["hyper_parameters"] = {"args": attack}
+        if position == "an argument": content["hyper_parameters"]["args"].downsample = attack
+        if position == "callbacks": content["callbacks"] = {"x": attack}
+        if position == "optimizer": content["optimizer_states"] = attack
+        if position == "root": content = attack
         torch.save(content, path, _use_new_zipfile_serialization=not legacy)
         for load in (load_videogpt, load_vqvae):
             try: load(path)
@@ -330,7 +330,7 @@ def test_hostile_pickles_create_nothing(tmp_path, place, legacy):
                 assert "bad.ckpt" in str(error) and "\n" not in str(error), name
                 if load is load_vqvae: refused.add(name)
         assert not trap.exists() and [p.name for p in home.iterdir()] == ["bad.ckpt"], name
-    assert refused == ({"storage"} if place in ("callbacks", "optimizer") else {*attacks(trap)})
+    assert refused == ({"storage"} if position in ("callbacks", "optimizer") else {*attacks(trap)})
 
 
 def test_the_traps_are_real(tmp_path):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vpenc.coco import (COCO_JSON, annotation_points, coco_files, decode_rle, encode_rle, fill_polygon, import_labels,
+from vpenc.data.coco import (COCO_JSON, annotation_points, coco_files, decode_rle, encode_rle, fill_polygon, import_labels,
                         read_coco, save_coco, unpack_counts)
-from vpenc.masks import LabelledFrames, cover, fit_mask
+from vpenc.data.masks import LabelledFrames, cover, fit_mask
 
 STAR = [[60, 10, 90, 110, 15, 50, 110, 55, 25, 105]]  # a pentagram: its outline crosses itself
 
@@ -108,12 +108,12 @@ def test_odd_json_is_told_in_one_line(tmp_path):
     nonsense = [None, "", "x", -1, 0, 1.5, 10**30, True, [], {}, [[]], [[1, 2]], [["a", "b"] * 3], [[1e300] * 6], "\0",
                 "ä/../b.png"]
 
-    def places(value, path=()):
+    def positions(value, path=()):
         yield path
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        for key, inner in items: yield from places(inner, (*path, key))
+        for key, inner in items: yield from positions(inner, (*path, key))
 
-    every = [path for path in places(content) if path]
+    every = [path for path in positions(content) if path]
     for path in every:
         changed = copy.deepcopy(content)
         inner = changed

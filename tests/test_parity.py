@@ -15,9 +15,9 @@ import torch
 
 import reference_videogpt as plain
 from reference_videogpt import Case
-from vpenc.checkpoints import load_videogpt, load_vqvae
-from vpenc.videogpt import Decoder, VideoGPT, VideoGPTConfig, block_layout, draw, sparse_mask
-from vpenc.vqvae import VQVAE, VQVAEConfig
+from vpenc.models.checkpoints import load_videogpt, load_vqvae
+from vpenc.models.videogpt import Decoder, VideoGPT, VideoGPTConfig, block_layout, draw, sparse_mask
+from vpenc.models.vqvae import VQVAE, VQVAEConfig
 
 FIXTURES = Path(os.environ.get("VPENC_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "fixtures"
 needs_fixtures = pytest.mark.skipif(not (FIXTURES / "vqvae_tiny.ckpt").exists(), reason="no fixtures of the original at hand")

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from vpenc.pretrain import configure, pretrain
-from vpenc.training import Log, Stopped, read_log
-from vpenc.video import write_clips
+from vpenc.training.pretrain import configure, pretrain
+from vpenc.training.loop import Log, Stopped, read_log
+from vpenc.data.video import write_clips
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = dict(hidden_dim=24, heads=2, layers=1, dropout=0.0, attn_dropout=0.0, resnet_widths=(8, 16, 16, 24), resnet_blocks=(1, 1, 1, 1),
             n_hiddens=8, n_res_layers=1, embedding_dim=8, n_codes=32, downsample=(4, 4, 4), sequence_length=4, resolution=32)
-SHORT = dict(SIZE, batch_size=4, warmup=3, validation_clips=4, dreams=0, tensorboard=False, codebook_restarts=(3, 6), learning_rate=1e-3)
+SHORT = dict(SIZE, batch_size=4, warmup=3, validation_clips=4, futures=0, tensorboard=False, codebook_restarts=(3, 6), learning_rate=1e-3)
 PROGRAM = """
 import os, sys, torch
-import vpenc.training as training
-from vpenc.pretrain import pretrain
+import vpenc.training.loop as training
+from vpenc.training.pretrain import pretrain
 torch.set_num_threads(1)
 clips, out, die_at, changes = sys.argv[1], sys.argv[2], int(sys.argv[3]), eval(sys.argv[4])
 taken, whole = 0, training.take_step
@@ -80,10 +80,10 @@ def test_two_processes_train_the_vqvae_of_one(tmp_path, clips, lives):
     pytest.importorskip("accelerate")
 
     def apart(seed):
-        place = tmp_path / f"seed{seed}"
-        place.mkdir()
-        for processes in (1, 2): run(clips, place / str(processes), processes, steps=20, every=1, stage="vqvae", codebook_lives=lives, seed=seed)
-        one, two = (log_of(place / str(processes)) for processes in (1, 2))
+        position = tmp_path / f"seed{seed}"
+        position.mkdir()
+        for processes in (1, 2): run(clips, position / str(processes), processes, steps=20, every=1, stage="vqvae", codebook_lives=lives, seed=seed)
+        one, two = (log_of(position / str(processes)) for processes in (1, 2))
         assert len(one) == len(two) == 20
         for a, b in zip(one, two):
             assert a.keys() == b.keys() and a["learning_rate"] == b["learning_rate"]
@@ -149,7 +149,7 @@ def test_stopped_by_the_clock_and_by_a_signal(tmp_path, clips):
     assert torch.load(tmp_path / "clock" / "vqvae.pt", weights_only=True)["step"] == 0
     pretrain(clips, tmp_path / "clock", **base)
 
-    import vpenc.training as training
+    import vpenc.training.loop as training
     whole, taken = training.take_step, []
 
     def asked(*arguments):
@@ -170,8 +170,8 @@ def test_stopped_by_the_clock_and_by_a_signal(tmp_path, clips):
 def test_pictures_and_tensorboard_appear(tmp_path, clips):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    pretrain(clips, tmp_path / "run", **(SHORT | dict(steps=4, every=2, dreams=1, tensorboard=True)))
-    for name in ("curves", "reconstructions", "dreams"): assert (tmp_path / "run" / f"{name}.png").stat().st_size > 2000
+    pretrain(clips, tmp_path / "run", **(SHORT | dict(steps=4, every=2, futures=1, tensorboard=True)))
+    for name in ("curves", "reconstructions", "futures"): assert (tmp_path / "run" / f"{name}.png").stat().st_size > 2000
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard" / "gpt")).Reload()
     rows = [row for row in log_of(tmp_path / "run") if row["stage"] == "gpt"]
     assert [e.step for e in events.Scalars("loss")] == [2, 4]
@@ -203,7 +203,7 @@ def test_wandb_gets_what_the_log_gets(tmp_path, monkeypatch):
 
 def test_frozen_vqvae_is_recorded(tmp_path, clips):
     from vpenc.files import digest, read_json
-    from vpenc.checkpoints import load_vqvae
+    from vpenc.models.checkpoints import load_vqvae
     pretrain(clips, tmp_path / "run", **(SHORT | dict(steps=(4, 2, 5), every=2)))
     after_stage_1 = load_vqvae(tmp_path / "run" / "vqvae").state_dict().values()
     assert read_json(tmp_path / "run" / "finished.json")["vqvae"] == digest(*after_stage_1)
@@ -245,7 +245,7 @@ def test_presets_are_whole():
 
 def test_gpu_script_stops_in_time_packs_and_goes_on_elsewhere(tmp_path, clips):
     "The first call runs out of time; the second, on a machine that has only what the first packed, ends with a model that loads."
-    from vpenc.checkpoints import load_videogpt
+    from vpenc.models.checkpoints import load_videogpt
     settings = [f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in SHORT.items() if k != "tensorboard"]
 
     def call(number, minutes, **more):

@@ -49,7 +49,7 @@ trap 'exit 143' TERM
 if [ -z "${DATA:-}" ]; then
     DATA=$work/sim-bair-$clips.h5
     [ -e "$DATA" ] || "$python" -c "
-from vpenc.sim import generate_clips
+from vpenc.data.sim import generate_clips
 generate_clips('$DATA', $clips - $clips // 10, $clips // 10)"
 fi
 if [ ! -e "$run/settings" ]; then  # the first call decides; later ones must not change it

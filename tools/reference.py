@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from vpenc.experiment import Predictor, labels_path
-from vpenc.masks import LabelledFrames
-from vpenc.metrics import iou_per_image
-from vpenc.viz import show_masks
+from vpenc.experiments.experiment import Predictor, labels_path
+from vpenc.data.masks import LabelledFrames
+from vpenc.probing.metrics import iou_per_image
+from vpenc.views.viz import show_masks
 
 ROOT = Path(__file__).resolve().parent.parent
 FILM = ROOT / "outputs" / "browser" / "explorer.gif"  # of the browser tests, when they have run

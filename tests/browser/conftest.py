@@ -91,13 +91,13 @@ class Lab:
         source = ROOT / "nbs" / notebook
         content = json.loads(source.read_text(encoding="utf-8"))
         if parameters:
-            (place,) = [i for i, cell in enumerate(content["cells"]) if "parameters" in cell["metadata"].get("tags", [])]
-            known = "".join(content["cells"][place]["source"])
+            (position,) = [i for i, cell in enumerate(content["cells"]) if "parameters" in cell["metadata"].get("tags", [])]
+            known = "".join(content["cells"][position]["source"])
             unknown = [key for key in parameters if not re.search(rf"^{key}\s*(:[^=]+)?=", known, re.M)]
             assert not unknown, f"{source.name} has no parameter {unknown}"
             plain = {key: str(value) if isinstance(value, Path) else value for key, value in parameters.items()}
             lines = "\n".join(f"{key} = {value!r}" for key, value in plain.items())
-            content["cells"].insert(place + 1, dict(cell_type="code", id="injected", metadata={"tags": ["injected-parameters"]},
+            content["cells"].insert(position + 1, dict(cell_type="code", id="injected", metadata={"tags": ["injected-parameters"]},
                                                     execution_count=None, outputs=[], source=lines))
         name = name or source.name
         (self.root / name).write_text(json.dumps(content), encoding="utf-8")
@@ -214,7 +214,7 @@ def browser():
 
 @pytest.fixture(scope="session")
 def lab(browser, tmp_path_factory):
-    "A JupyterLab server on loopback; `lab.put(notebook, **parameters)` places a notebook there."
+    "A JupyterLab server on loopback; `lab.put(notebook, **parameters)` positions a notebook there."
     server = Lab(tmp_path_factory.mktemp("lab"))
     yield server
     server.stop()

@@ -44,7 +44,7 @@ class Page:
             node.dispatchEvent(new Event(node.type == 'range' ? 'input' : 'change', {bubbles: true})); }""", str(value))
 
     def click(self, name, y, x):
-        "Click a place (shares of height and width) in a panel."
+        "Click a position (shares of height and width) in a panel."
         box = self.root.locator(f"[data-panel={name}] .window").bounding_box()
         self.page.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"])
 
@@ -113,7 +113,7 @@ def test_cursor_and_zoom_are_shared(explorer):
     transforms = e.page.evaluate(f"() => [...document.querySelectorAll('{ROOT} figure:not([hidden]) .stage')].map(s => s.style.transform)")
     assert len(set(transforms)) == 2 and sum("scale" in t for t in transforms) == 7
     e.page.mouse.move(middle[0] + 1, middle[1] + 1)
-    assert "y 40, x 19" in e.root.locator(".readout").inner_text()  # the place under the pointer has not moved
+    assert "y 40, x 19" in e.root.locator(".readout").inner_text()  # the position under the pointer has not moved
     before = e.root.locator(".readout").inner_text()
     e.set("frame", 9), e.settled()
     assert e.root.locator(".readout").inner_text() != before  # the cursor reads the new frame

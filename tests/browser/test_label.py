@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from conftest import wait_for
-from vpenc.label import frame_keys
-from vpenc.masks import LabelledFrames
+from vpenc.views.label import frame_keys
+from vpenc.data.masks import LabelledFrames
 
 SIZE, CLIPS, LONG = 64, 3, 3  # three clips of three frames
 ROOT, IDLE = ".vpenc-label", ".vpenc-label[data-busy='no'][data-saved='yes']"
