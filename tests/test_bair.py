@@ -192,7 +192,7 @@ def test_missing_and_wrong_features_are_named(tmp_path):
 
 
 def test_kill_and_resume(tiny, tmp_path):
-    "kill -9 after the first part: the rest is converted, the file is as if nothing had happened."
+    "kill -9 after the first part: the rest is converted, and the file is the same as without the interruption."
     wanted = file_sha256(convert_bair(tiny / "bair.tar", tmp_path / "wanted.h5", jobs=1))
     out = tmp_path / "killed.h5"
     code = f"""import time, vpenc.data.bair as bair

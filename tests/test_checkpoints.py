@@ -54,7 +54,7 @@ def rewrite(path, change):
 
 
 def refusal(path, load=load_videogpt):
-    "The one line with which a file is refused."
+    "The one-line error for a rejected file."
     with pytest.raises(ValueError) as error: load(path)
     message = str(error.value)
     assert "\n" not in message and path.name in message
@@ -114,10 +114,10 @@ def test_other_precisions(tmp_path, dtype):
 
 
 def test_cuda_storages(tmp_path):
-    "A file written from a GPU names `cuda:0` as the position of its storages."
+    "A file written from a GPU names `cuda:0` as the location of its storages."
     weights = plain.random_weights(plain.gpt_shapes(SMALL))
     path = gpt_file(tmp_path / "gpt.ckpt", SMALL, weights)
-    cpu, cuda = (b"X" + len(position).to_bytes(4, "little") + position for position in (b"cpu", b"cuda:0"))
+    cpu, cuda = (b"X" + len(device).to_bytes(4, "little") + device for device in (b"cpu", b"cuda:0"))
     rewrite(path, lambda name, content: content.replace(cpu, cuda) if name.endswith("data.pkl") else content)
     with pytest.raises((RuntimeError, pickle.UnpicklingError, ModuleNotFoundError)): torch.load(path, weights_only=False)
     assert cuda in zipfile.ZipFile(path).read("gpt/data.pkl")
@@ -347,7 +347,7 @@ def test_the_traps_are_real(tmp_path):
 
 
 def test_archives_with_tricks(tmp_path):
-    "Names that climb out of the folder, compressed bombs, two indices: nothing is written, all is told."
+    "Names that climb out of the folder, compressed bombs, two indices: nothing is written, and each error is reported."
     home = tmp_path / "home"
     home.mkdir()
     index = pickle.dumps({"state_dict": {"a": 1}})
@@ -376,7 +376,7 @@ def test_archives_with_tricks(tmp_path):
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_small_file_with_big_claims(tmp_path, legacy):
-    "Expanded and shared storages claim gigabytes that the file does not have; nobody allocates them."
+    "Expanded and shared storages claim gigabytes that the file does not have; they are never allocated."
     case = SMALL.but(hidden=3072, cond_frames=0)  # each MLP matrix 150 MB
     row = torch.zeros(())
     with torch.device("meta"): shapes = plain.gpt_shapes(case)

@@ -1,4 +1,4 @@
-"""Labels of other tools: agreement with pycocotools, and inputs that nobody would draw on purpose."""
+"""Labels of other tools: agreement with pycocotools, and malformed inputs."""
 import copy
 import json
 

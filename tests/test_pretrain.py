@@ -1,4 +1,4 @@
-"""Training on several processes equals training on one; killed at any moment, it ends where it would have ended."""
+"""Training on several processes equals training on one; killed at any moment, it resumes to the same result."""
 import json
 import os
 import re
@@ -80,10 +80,10 @@ def test_two_processes_train_the_vqvae_of_one(tmp_path, clips, lives):
     pytest.importorskip("accelerate")
 
     def apart(seed):
-        position = tmp_path / f"seed{seed}"
-        position.mkdir()
-        for processes in (1, 2): run(clips, position / str(processes), processes, steps=20, every=1, stage="vqvae", codebook_lives=lives, seed=seed)
-        one, two = (log_of(position / str(processes)) for processes in (1, 2))
+        folder = tmp_path / f"seed{seed}"
+        folder.mkdir()
+        for processes in (1, 2): run(clips, folder / str(processes), processes, steps=20, every=1, stage="vqvae", codebook_lives=lives, seed=seed)
+        one, two = (log_of(folder / str(processes)) for processes in (1, 2))
         assert len(one) == len(two) == 20
         for a, b in zip(one, two):
             assert a.keys() == b.keys() and a["learning_rate"] == b["learning_rate"]

@@ -37,9 +37,9 @@ def convert_range(
 # %% ../../nbs/1_data/01_video.ipynb #382bd4fc
 def _range_hint(low, high):
     "What pixels with these extremes probably are."
-    if high > 2: return '; they domain like 0..255: divide by 255, or give uint8'
-    if low >= -.501 and high <= .501: return "; they domain 'centered': convert_range(x, 'centered', 'unit')"
-    if low >= -.001 and high <= 1.001: return "; they domain 'unit': convert_range(x, 'unit', 'centered')"
+    if high > 2: return '; they look like 0..255: divide by 255, or give uint8'
+    if low >= -.501 and high <= .501: return "; they look 'centered': convert_range(x, 'centered', 'unit')"
+    if low >= -.001 and high <= 1.001: return "; they look 'unit': convert_range(x, 'unit', 'centered')"
     return ''
 
 def check_range(
@@ -180,7 +180,7 @@ class _Growing:
         self.names = set(arrays)
 
     def _check_room(self, n_bytes):
-        "OSError while there is still room: HDF5 itself does not survive a full disk (it crashes when it closes)."
+        "OSError before the disk is full: HDF5 crashes on close when the disk is full."
         if shutil.disk_usage(Path(self.file.filename).parent).free < n_bytes + RESERVE:
             raise OSError(errno.ENOSPC, 'No space left on device')
 
