@@ -29,7 +29,7 @@ from ..models.vqvae import VQVAE
 # %% ../../nbs/4_encoders/01_taps.ipynb #1520299e
 @dataclass
 class FeatureMap:
-    "Features of B frames, float32, with what is needed to know them again."
+    "Features of B frames, float32, with what identifies them."
     values: torch.Tensor  # (B, T, C, H, W)
     stride: tuple  # (t, h, w): frames and pixels from one cell of `values` to the next
     tap: str  # where they were taken, for example 'videogpt:resnet'
@@ -50,9 +50,9 @@ class FeatureMap:
 def weights_digest(
     module: nn.Module,
 ) -> str:
-    "16 hex digits over names and values of all parameters and buffers, the non-persistent ones too."
+    "16 hex digits over the names and values of all parameters and buffers, non-persistent ones included."
     named = list(chain(module.named_parameters(), module.named_buffers()))
-    tensors = [t.float() if t.dtype == torch.bfloat16 else t for _, t in named]  # NumPy knows no bfloat16
+    tensors = [t.float() if t.dtype == torch.bfloat16 else t for _, t in named]  # NumPy has no bfloat16
     return digest([name for name, _ in named], *tensors)
 
 
@@ -66,20 +66,20 @@ def code_digest(
 
 # %% ../../nbs/4_encoders/01_taps.ipynb #2460e63a
 class Frozen(nn.Module):
-    "A module in evaluation mode for good, without gradients unless `trainable` is set."
+    "A module that is always in evaluation mode, without gradients unless `trainable` is set."
     _trainable = False
 
     def train(self, mode=True):
-        "Stay in evaluation mode, whatever is asked."
+        "Stay in evaluation mode, whatever `mode` is."
         return super().train(False)
 
     def learners(self) -> list:
-        "The modules whose weights a gradient of the output reaches."
+        "The modules whose weights receive a gradient from the output."
         return list(self.children())
 
     @property
     def trainable(self) -> bool:
-        "Whether gradients reach the weights. Setting it to True raises ValueError where no gradient can."
+        "Whether gradients reach the weights. Setting it to True raises ValueError where no gradient can reach them."
         return self._trainable
 
     @trainable.setter
@@ -98,10 +98,10 @@ class Frozen(nn.Module):
 
 # %% ../../nbs/4_encoders/01_taps.ipynb #88974d4c
 class Encoder(Frozen):
-    "frames -> FeatureMap. Subclasses write `compute`, and keep their weights, if any, in `model`."
+    "frames -> FeatureMap. Subclasses implement `compute`, and keep their weights, if any, in `model`."
     output = ""  # full name of what is computed, for example 'videogpt:resnet'
     origin = ""  # 'random/' when the weights are random
-    size = None  # picture size (H, W) that the model takes; None: any
+    size = None  # image size (H, W) that the model takes; None: any
     cheap = False  # whether computing is no more expensive than reading from a cache
 
     def __init__(
@@ -127,7 +127,7 @@ class Encoder(Frozen):
             return self.wrap(self.compute(frames), frames, self.output)
 
     def fit(self, frames):
-        "Measure on training frames what the encoder must know about them; nothing, for most. Returns the encoder."
+        "Measure what the encoder needs from training frames; most encoders need nothing. Returns the encoder."
         return self
 
     def draws(self, output) -> bool:
@@ -165,13 +165,13 @@ Encoder.prepare, Encoder.wrap = prepare, wrap
 
 # %% ../../nbs/4_encoders/01_taps.ipynb #e4b33571
 def identity(self: Encoder, output, weights) -> str:
-    "16 hex digits from the digest of the weights and all else that decides what `output` is."
+    "16 hex digits from the digest of the weights and everything else that `output` depends on."
     code = code_digest(type(self).compute, type(getattr(self, "model", None)).__dict__.get("forward"))
     return digest(weights, code, output, self.value_range, self.seed if self.draws(output) else None)
 
 
 def stamp(self: Encoder, output) -> str:
-    "The fingerprint as a feature map carries it: '' in training, else from weights read when they last changed."
+    "The fingerprint for a feature map: '' while trainable, else from the hash of the weights at their last change."
     if self.trainable: return ""
     versions = [(t.data_ptr(), t._version) for t in chain(self.parameters(), self.buffers())]
     if versions != self._known[0]: self._known = versions, weights_digest(self)
@@ -205,12 +205,12 @@ class PixelsEncoder(Encoder):
 
 
 class PositionEncoder(Encoder):
-    "15 products of cosine waves over the picture plane, (B, 1, 15, H, W): no content at all."
+    "15 products of cosine waves over the image plane, (B, 1, 15, H, W), independent of the frame's content."
     output, cheap = "position", True
 
     def compute(self, frames):
         position = lambda n: (torch.arange(n, device=frames.device) + .5) / n * torch.pi  # cell centres, 0..pi
-        wave = torch.arange(4, device=frames.device)[:, None]  # half waves per picture side
+        wave = torch.arange(4, device=frames.device)[:, None]  # half waves per image side
         rows, columns = ((wave * position(n)).cos() for n in frames.shape[-2:])  # (4, H), (4, W)
         waves = (rows[:, None, :, None] * columns[None, :, None, :]).flatten(0, 1)[1:]  # (15, H, W), no constant
         return waves.expand(len(frames), 1, *waves.shape)
@@ -238,7 +238,7 @@ def moments(totals) -> tuple:
 
 # %% ../../nbs/4_encoders/01_taps.ipynb #25300ddd
 class NoiseEncoder(Encoder):
-    "Gaussian noise with the shape and the moments per channel of a reference tap; `fit` measures them."
+    "Gaussian noise with the shape and the per-channel moments of a reference tap; `fit` measures them."
     cheap = True
 
     def __init__(self, tap=None, weights="videogpt-sim", value_range="centered", seed=0):
@@ -273,9 +273,9 @@ class NoiseEncoder(Encoder):
 
 # %% ../../nbs/4_encoders/01_taps.ipynb #9c6dff8c
 class StillPass:
-    "One pass over frames (B, 3, H, W), in the range the model is fed; what is not asked for is not computed."
+    "One pass over frames (B, 3, H, W) in the model's value range; each quantity is computed on first use."
 
-    def __init__(self, model, frames, seed=0, layers=None):  # a VideoGPT or a VQVAE; how many of its blocks are needed
+    def __init__(self, model, frames, seed=0, layers=None):  # VideoGPT or VQVAE; layers: number of blocks needed
         self.gpt, self.vqvae = (model, model.vqvae) if isinstance(model, VideoGPT) else (None, model)
         self.frames, self.seed, self.layers = frames, seed, layers
 
@@ -318,7 +318,7 @@ def sample_codes(
     frames,  # (B, 3, H, W) in the model's value range
     seed=0,
 ):
-    "One draw of codes (B, T', H', W') per frame, decided by the frame's values and `seed`, whatever the batch."
+    "One sample of codes (B, T', H', W') per frame; it depends on the frame's values and `seed`, not on the batch."
     positions, count = math.prod(gpt.latent_shape), gpt.config.n_cond_frames
     numbers = torch.stack([torch.rand(positions, generator=g) for g in frame_generators(frames, seed)], 1)  # (P, B)
     condition = frames[:, :, None].expand(-1, -1, count, -1, -1) if count else None
@@ -387,12 +387,12 @@ class VideoGPTEncoder(Encoder):
         if self.output == "vqvae:pre": return [self.vqvae.encoder, self.vqvae.pre_vq_conv]
         if "hidden" in self.output or "entropy" in self.output:
             return [module for name, module in self.model.named_children() if name != "vqvae"]
-        return []  # ids and codebook vectors: nearest-neighbour choices pass no gradient
+        return []  # ids and codebook vectors: no gradient passes the nearest-neighbour lookup
 
     def compute(self, frames): return self.tapped(self.still_pass(frames, [self.output]), self.output)
 
     def still_pass(self, frames, outputs):
-        "The pass that serves these outputs; blocks above the highest layer that is wanted are left out."
+        "A pass for these outputs; blocks above the highest requested layer are skipped."
         numbers = [int(output[output.index("[") + 1:-1]) for output in outputs if "[" in output]
         top = getattr(self.model.config, "layers", 0)  # hidden[top] is the final norm; the entropy needs it too
         whole = not numbers or max(numbers) == top or "videogpt:entropy" in outputs
@@ -425,7 +425,7 @@ def fresh(
     model: nn.Module,
     seed,
 ) -> nn.Module:
-    "The same architecture with new initial weights. ValueError for modules that do not know how to start anew."
+    "The same architecture with new initial weights. ValueError for modules that cannot be reinitialised."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if hasattr(model, "config"): return type(model)(model.config)
@@ -434,7 +434,7 @@ def fresh(
             if hasattr(module, "reset_parameters"): module.reset_parameters()
             elif list(module.parameters(recurse=False)):
                 name = name or type(model).__name__
-                raise ValueError(f"{name} has weights of its own but neither `config` nor reset_parameters()")
+                raise ValueError(f"{name} has weights but neither `config` nor reset_parameters()")
         return model
 
 
@@ -443,7 +443,7 @@ def randomise(
     seed,
 ) -> Encoder:
     "Give an encoder new initial weights; ValueError if it has none."
-    if not hasattr(encoder, "model"): raise ValueError(f"random/{encoder.tap}: there are no weights to draw anew")
+    if not hasattr(encoder, "model"): raise ValueError(f"random/{encoder.tap}: there are no weights to reinitialise")
     encoder.model, encoder.origin = fresh(encoder.model, seed), "random/"
     return encoder
 
@@ -476,7 +476,7 @@ def build(name, tap, weights, **options) -> Encoder:
         return randomise(build(name.removeprefix("random/"), tap, weights, **options), options.get("seed", 0))
     family, _, rest = name.partition(":")
     if family in ENCODERS:
-        if rest and tap: raise ValueError(f"encoder {name!r} names a tap already; got tap={tap!r} as well")
+        if rest and tap: raise ValueError(f"encoder {name!r} already names a tap; got tap={tap!r} as well")
         return ENCODERS[family](tap or rest or None, weights, **options)
     try: path = find_model(name)
     except FileNotFoundError:
@@ -491,16 +491,16 @@ def build(name, tap, weights, **options) -> Encoder:
 
 def load_encoder(
     name,  # 'videogpt:resnet', 'pixels', 'random/videogpt:codes', ...; a model's name or path; any nn.Module
-    tap=None,  # which output, if the name does not say: 'resnet', 'hidden[2]', ...
+    tap=None,  # which output, if the name does not include it: 'resnet', 'hidden[2]', ...
     weights="videogpt-sim",  # the model that 'videogpt:', 'vqvae:' and 'noise' use: name, path or instance
-    value_range=None,  # what the model is fed: 'centered' [-0.5, 0.5] (the default), or 'unit' [0, 1] as in the paper's code
+    value_range=None,  # of the model's input: 'centered' [-0.5, 0.5] (default), or 'unit' [0, 1] as in the paper's code
     seed=None,  # of random weights, of noise and of sampled codes (default 0)
     device=None,  # None: the GPU if there is one, else the CPU
 ) -> Encoder:
     """A frozen encoder; `encoder(frames)` gives a `FeatureMap`, `encoder.trainable = True` unfreezes it.
 
-    A module that is handed in is copied. A folder written by `Encoder.save_pretrained` brings its own tap, value range and seed;
-    what is given here goes first. ValueError for an unknown name or tap, with the nearest ones.
+    A module is copied. A folder written by `Encoder.save_pretrained` holds its tap, value range and seed; arguments given
+    here override them. ValueError for an unknown name or tap, with the nearest known ones.
     """
     given = {name: value for name, value in dict(value_range=value_range, seed=seed).items() if value is not None}
     encoder = build(name, tap, weights, **given)
@@ -509,7 +509,7 @@ def load_encoder(
 
 
 def tap_all(
-    model,  # an encoder of a VideoGPT, or whatever `load_encoder` takes
+    model,  # an encoder of a VideoGPT, or anything that `load_encoder` takes
     frames,  # as for an encoder
     taps=None,  # names; None: all but the sampled codes
     **options,  # `value_range`, `seed`, `device` of `load_encoder`
@@ -521,11 +521,11 @@ def tap_all(
 # %% ../../nbs/4_encoders/01_taps.ipynb #58aff780
 def save_encoder(
     encoder: Encoder,  # of a VideoGPT or a VQ-VAE
-    folder,  # made if missing; a model in it is replaced
+    folder,  # created if missing; a model in it is replaced
     card=None,  # text of README.md
     dtype=None,  # of the parameters in the file; default as in memory (others change the fingerprint)
 ):
-    "Write the encoder's model with its tap, value range and seed; prints the SHA-256. Returns the folder. ValueError for other encoders."
+    "Write the encoder's model with its tap, value range and seed; print the SHA-256. Returns the folder. ValueError for other encoders."
     if not isinstance(encoder, VideoGPTEncoder):
         raise ValueError(f"{encoder.tap}: only encoders of a VideoGPT or a VQ-VAE can be saved as a folder")
     about = dict(tap=encoder.output, origin=encoder.origin, value_range=encoder.value_range, seed=encoder.seed)
