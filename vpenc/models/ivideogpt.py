@@ -655,26 +655,25 @@ def weights(folder, stem, pickled):
         except SafetensorError as error: raise ValueError(f"{path}: damaged or cut off ({error})") from None
 
 
-def filled(build, parts, shapes, read, path):
-    "`fill`, for a module that has about as many `parts` as the file has tensors; sizes that make no module become one line too."
-    if parts > len(shapes): raise ValueError(f"{path}: its configuration asks for {parts} blocks, it has {len(shapes)} tensors")
+def filled(build, read, shapes, path, **parts):
+    "`fill`, but for numbers of `parts` that the file cannot hold, and for sizes that make no module: one line as well."
+    for name, count in parts.items():
+        if count > len(shapes): raise ValueError(f"{path}: it has {len(shapes)} tensors, too few for {name} {count}")
     try: return fill(build, read, shapes, path)
     except (RuntimeError, OverflowError, TypeError) as error: raise ValueError(f"{path}: its sizes make no model ({str(error).splitlines()[0]})") from None
 
 
-def read_tokenizer(folder):
+def read_tokenizer(folder, config):
     "The Tokenizer in a folder `tokenizer/`."
-    config = tokenizer_config(folder / "config.json")
     with weights(folder, "diffusion_pytorch_model", "diffusion_pytorch_model.bin") as (path, shapes, read):
-        return filled(lambda: Tokenizer(config), len(config.block_out_channels) * config.layers_per_block, shapes, read, path)
+        return filled(lambda: Tokenizer(config), read, shapes, path, layers_per_block=config.layers_per_block)
 
 
 UNUSED = re.compile(r"rotary_emb\.inv_freq$|^(reward|action_recon)_linear\.")  # made anew; heads that only training and control use
 
 
-def read_transformer(folder):
+def read_transformer(folder, config):
     "The Llama in a folder `transformer/`, and the layer of its actions or None."
-    config = llama_config(folder / "config.json")
     with weights(folder, "model", "pytorch_model.bin") as (path, shapes, read):
         shapes = {name: shape for name, shape in shapes.items() if not UNUSED.search(name)}
         prefix = "llm." if any(name.startswith("llm.") for name in shapes) else ""
@@ -682,10 +681,10 @@ def read_transformer(folder):
         own = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.removeprefix("action_linear.") not in action}
         tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings and "lm_head.weight" not in own else {}
         own |= {name: own[of] for name, of in tied.items() if of in own}
-        llama = filled(lambda: Llama(config), config.num_hidden_layers, own, lambda name: read(prefix + tied.get(name, name)), path)
+        llama = filled(lambda: Llama(config), lambda name: read(prefix + tied.get(name, name)), own, path, num_hidden_layers=config.num_hidden_layers)
         if not prefix: return llama, None
         size = action.get("weight", ())[-1:] or (1,)
-        return llama, filled(lambda: nn.Linear(*size, config.hidden_size), 0, action, lambda name: read(f"action_linear.{name}"), f"{path}, action_linear")
+        return llama, filled(lambda: nn.Linear(*size, config.hidden_size), lambda name: read(f"action_linear.{name}"), action, f"{path}, action_linear")
 
 
 def load_ivideogpt(
@@ -693,10 +692,12 @@ def load_ivideogpt(
 ) -> IVideoGPT:
     "iVideoGPT from the original's files; eval mode, frozen. FileNotFoundError or ValueError name the file, and the entry or tensor."
     folder = find_model(path_or_name)
-    tokenizer = read_tokenizer(folder / "tokenizer")
-    transformer, action = read_transformer(folder / "transformer")
-    try: config = IVideoGPTConfig(tokenizer.config, transformer.config, action.in_features if action else 0)
-    except ValueError as error: raise ValueError(f"{folder / 'transformer' / 'config.json'}: {error}") from None
+    halves, described = [folder / "tokenizer", folder / "transformer"], folder / "transformer" / "config.json"
+    kinds, llama = tokenizer_config(halves[0] / "config.json"), llama_config(described)
+    try: IVideoGPTConfig(kinds, llama)
+    except ValueError as error: raise ValueError(f"{described}: {error}") from None
+    tokenizer, (transformer, action) = read_tokenizer(halves[0], kinds), read_transformer(halves[1], llama)
+    config = IVideoGPTConfig(kinds, llama, action.in_features if action else 0)
     return IVideoGPT(config, tokenizer, transformer, action).eval().requires_grad_(False)
 
 # %% ../../nbs/2_models/06_ivideogpt.ipynb #b30c6614
