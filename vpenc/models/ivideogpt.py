@@ -6,9 +6,9 @@
 __all__ = ['EPS', 'SILENT', 'KNOWN', 'SILENT_LLAMA', 'KNOWN_LLAMA', 'UNUSED', 'check', 'TokenizerConfig', 'LlamaConfig',
            'IVideoGPTConfig', 'ResBlock', 'Halve', 'Double', 'Level', 'SelfAttention', 'Middle', 'CrossAttention',
            'Encoder', 'Decoder', 'Codebook', 'to_patches', 'from_patches', 'Tokenizer', 'turns', 'turn', 'Attention',
-           'GatedMLP', 'Layer', 'Llama', 'IVideoGPT', 'embed', 'hidden', 'logits', 'loss', 'sample', 'entropy',
-           'configure', 'read_config', 'tokenizer_config', 'llama_config', 'weights', 'filled', 'read_tokenizer',
-           'read_transformer', 'load_ivideogpt', 'save_ivideogpt']
+           'GatedMLP', 'Layer', 'Llama', 'IVideoGPT', 'embed', 'hidden', 'logits', 'loss', 'sampling', 'sample',
+           'entropy', 'configure', 'read_config', 'tokenizer_config', 'llama_config', 'weights', 'filled',
+           'read_tokenizer', 'read_transformer', 'load_ivideogpt', 'save_ivideogpt']
 
 # %% ../../nbs/2_models/06_ivideogpt.ipynb #ed00dc44
 import contextlib
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..files import atomic, file_sha256, read_json, write_json
-from .checkpoints import LightningFile, fill, find_model
+from .checkpoints import LightningFile, attach, fill, find_model
 from .videogpt import draw
 
 # %% ../../nbs/2_models/06_ivideogpt.ipynb #baaac0a2
@@ -439,6 +439,7 @@ class Llama(nn.Module):
 # %% ../../nbs/2_models/06_ivideogpt.ipynb #baa19a14
 class IVideoGPT(nn.Module):
     "Tokenizer and transformer. Clips (B,T,3,R,R) in [0, 1], ids int64 (B,L), actions (B,F,A): one for each of F future frames."
+    value_range = "unit"  # of the frames it was trained on: [0, 1]
 
     def __init__(self, config: IVideoGPTConfig, tokenizer=None, transformer=None, action_linear=None):  # new ones where none are given
         super().__init__()
@@ -538,7 +539,7 @@ IVideoGPT.embed, IVideoGPT.hidden, IVideoGPT.logits, IVideoGPT.loss = embed, hid
 
 # %% ../../nbs/2_models/06_ivideogpt.ipynb #044509da
 @torch.no_grad()
-def sample(
+def sampling(
     self: IVideoGPT,
     frames,  # (B,c,3,R,R) context frames in [0, 1], or (B,3,R,R): one frame, which stands still in a longer context
     n=1,  # futures of each
@@ -547,10 +548,9 @@ def sample(
     temperature=1.0,  # above 0; below 1 sharpens
     top_k=100,  # only the k likeliest tokens (None: all); 1 is greedy
     generator=None,  # torch.Generator on the model's device
-    uniform=None,  # (P,B*n) in [0, 1), instead of random numbers; P: tokens after the first mark
-    progress=False,  # show a progress bar
+    uniform=None,  # (P,B*n) in [0, 1), instead of random numbers; P = F*(p*p+1) - 1, the tokens after the first mark
 ):
-    "ids (B*n,L): contexts with sampled futures, those of one context side by side. ValueError when arguments do not fit."
+    "Generator over the share done; returns ids (B*n,L) of contexts with futures, the n of one context side by side. ValueError when arguments do not fit."
     if not temperature > 0: raise ValueError(f"temperature: above 0 expected (top_k=1 is greedy); got {temperature}")
     for name, value in dict(n=n, steps=steps, top_k=1 if top_k is None else top_k).items():
         if value < 1: raise ValueError(f"{name}: at least 1 expected; got {value}")
@@ -564,19 +564,35 @@ def sample(
         raise ValueError(f"uniform: ({len(places)},{len(ids)}) expected; got {tuple(uniform.shape)}")
     x = self.embed(ids, None if actions is None else actions.repeat_interleave(n, 0))  # (B*n,L,D)
     past, start = self.transformer.cache(*ids.shape), 0
-    if progress:
-        from vpenc.files import progress as bar
-    for i, place in enumerate(bar(places, "sampling tokens") if progress else places):
+    for i, place in enumerate(places):
         states = self.transformer(x[:, start:place], past=past, start=start)[-1]
         start = place
         if self.config.action_dim and i % self.frame_tokens == self.frame_tokens - 1: continue  # the mark that carries the action
         logits = self.transformer.lm_head(states[:, -1])
         ids[:, place] = draw(logits, temperature, min(top_k or size, size), generator, uniform=None if uniform is None else uniform[i])
         x[:, place] = self.transformer.model.embed_tokens(ids[:, place])
+        yield (i + 1) / len(places)
     return ids
 
 
-IVideoGPT.sample = sample
+def sample(
+    self: IVideoGPT,
+    frames,  # as for `sampling`
+    n=1,  # futures of each
+    steps=1,  # future frames
+    progress=False,  # show a progress bar
+    **options,  # of `sampling`
+):
+    "`sampling`, to its end: ids (B*n,L), which `detokenize` shows."
+    from vpenc.files import progress as bar
+    work, percent = self.sampling(frames, n, steps, **options), bar(desc="sampling tokens", total=100, unit="%") if progress else None
+    while True:
+        try: share = next(work)
+        except StopIteration as end: return end.value
+        if percent is not None: percent.update(int(100 * share) - percent.n)
+
+
+IVideoGPT.sampling, IVideoGPT.sample = sampling, sample
 
 # %% ../../nbs/2_models/06_ivideogpt.ipynb #7ed55619
 def entropy(
@@ -673,7 +689,8 @@ UNUSED = re.compile(r"rotary_emb\.inv_freq$|^(reward|action_recon)_linear\.")  #
 
 
 def read_transformer(folder, config):
-    "The Llama in a folder `transformer/`, and the layer of its actions or None."
+    "The Llama in a folder `transformer/`, and the layer of its actions or None, which its configuration may not contradict."
+    about, described = read_config(folder / "config.json"), folder / "config.json"
     with weights(folder, "model", "pytorch_model.bin") as (path, shapes, read):
         shapes = {name: shape for name, shape in shapes.items() if not UNUSED.search(name)}
         prefix = "llm." if any(name.startswith("llm.") for name in shapes) else ""
@@ -682,8 +699,12 @@ def read_transformer(folder, config):
         tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings and "lm_head.weight" not in own else {}
         own |= {name: own[of] for name, of in tied.items() if of in own}
         llama = filled(lambda: Llama(config), lambda name: read(prefix + tied.get(name, name)), own, path, num_hidden_layers=config.num_hidden_layers)
-        if not prefix: return llama, None
         size = action.get("weight", ())[-1:] or (1,)
+        for name, value in about.items():
+            if "action" in name and value and not prefix: raise ValueError(f"{described}: {name} {value!r}, but {path.name} has no action_linear")
+            if name == "action_dim" and prefix and value != size[0]:
+                raise ValueError(f"{described}: action_dim {value!r}, but action_linear.weight in {path.name} is {action.get('weight')}")
+        if not prefix: return llama, None
         return llama, filled(lambda: nn.Linear(*size, config.hidden_size), lambda name: read(f"action_linear.{name}"), action, f"{path}, action_linear")
 
 
@@ -693,6 +714,10 @@ def load_ivideogpt(
     "iVideoGPT from the original's files; eval mode, frozen. FileNotFoundError or ValueError name the file, and the entry or tensor."
     folder = find_model(path_or_name)
     halves, described = [folder / "tokenizer", folder / "transformer"], folder / "transformer" / "config.json"
+    about = read_config(folder / "config.json") if (folder / "config.json").is_file() else {}
+    for name, sha in about["sha256"].items() if about.get("model") == "IVideoGPT" else ():
+        if (folder / name).is_file() and file_sha256(folder / name) != sha:
+            raise ValueError(f"{folder / name}: its SHA-256 is not the one in config.json; damaged, cut off or half replaced")
     kinds, llama = tokenizer_config(halves[0] / "config.json"), llama_config(described)
     try: IVideoGPTConfig(kinds, llama)
     except ValueError as error: raise ValueError(f"{described}: {error}") from None
@@ -708,7 +733,7 @@ def save_ivideogpt(
     dtype=None,  # of the numbers in the file, such as torch.float16; default as in memory
     extra=None,  # dict of further entries for the folder's own config.json
 ):
-    "Write a model in the original's format, and a `config.json` with the SHA-256 of both files. Returns the folder."
+    "Write a model in the original's layout, and a `config.json` with the SHA-256 of both files, which are printed. Returns the folder."
     from safetensors.torch import save_file
     folder, config, kinds, llama = Path(folder), model.config, asdict(model.config.tokenizer), asdict(model.config.transformer)
     levels, action = len(config.tokenizer.block_out_channels), config.action_dim
@@ -725,8 +750,10 @@ def save_ivideogpt(
         with atomic(folder / name) as temporary: save_file(state, temporary, metadata={"format": "pt"})
     if card is not None:
         with atomic(folder / "README.md") as temporary: temporary.write_text(card, encoding="utf-8")
-    write_json(folder / "config.json", {**(extra or {}), "model": "IVideoGPT", "sha256": {name: file_sha256(folder / name) for name in files}})
+    sums = {name: file_sha256(folder / name) for name in files}
+    write_json(folder / "config.json", {**(extra or {}), "format": "vpenc-1", "model": "IVideoGPT", "sha256": sums})
+    for name, sha in sums.items(): print(f"{folder.name}/{name}: {(folder / name).stat().st_size / 1e6:.1f} MB, sha256 {sha}")
     return folder
 
 
-IVideoGPT.save_pretrained, IVideoGPT.from_pretrained = save_ivideogpt, staticmethod(load_ivideogpt)
+attach(IVideoGPT)
