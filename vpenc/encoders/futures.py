@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FUTURES', 'CHANGED', 'Windows', 'cut_windows', 'load_windows', 'VideoGPTFutures', 'IVideoGPTFutures', 'futures_of',
-           'sample_numbers', 'condition_of', 'sample_codes', 'decode', 'sample_futures', 'encode', 'reconstruct',
-           'uncertainty', 'next_code_bits', 'psnr', 'ssim', 'best_of', 'still', 'frechet', 'fvd', 'motion', 'changed',
-           'share_inside', 'verdict']
+           'has_futures', 'sample_numbers', 'condition_of', 'sample_codes', 'decode', 'sample_futures', 'encode',
+           'reconstruct', 'uncertainty', 'next_code_bits', 'psnr', 'ssim', 'best_of', 'still', 'frechet', 'fvd',
+           'motion', 'changed', 'share_inside', 'verdict']
 
 # %% ../../nbs/4_encoders/03_futures.ipynb #db2baef2
 import math
@@ -188,6 +188,12 @@ def futures_of(
     if type(model) in FUTURES.values(): return model
     if type(model).__name__ not in FUTURES: raise ValueError(f"{type(model).__name__} draws no futures; {' or '.join(FUTURES)} expected")
     return FUTURES[type(model).__name__](model, **options)
+
+
+def has_futures(model) -> bool:
+    "Whether `futures_of` takes a model."
+    try: return bool(futures_of(model))
+    except ValueError: return False
 
 # %% ../../nbs/4_encoders/03_futures.ipynb #b74ebd36
 def sample_numbers(
