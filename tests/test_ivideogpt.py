@@ -94,3 +94,84 @@ def test_greedy_future(original):
     assert wanted["greedy_margin"].min() > SURE
     drawn = model.sample(clip[:, :model.context_length], steps=2, top_k=1)
     assert torch.equal(drawn[:, :wanted["greedy"].shape[1]], wanted["greedy"].long())
+
+
+# ---- from a folder to a score, a film and the explorer: no fixtures needed
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "A small model of 64x64 frames and two context frames with random weights, in a folder of the original's layout."
+    from vpenc.models.ivideogpt import IVideoGPT, IVideoGPTConfig
+    torch.manual_seed(0)
+    kinds = dict(context_length=2, block_out_channels=(32, 32, 32, 64), layers_per_block=1, latent_channels=8, num_vq_embeddings=40, num_dyn_embeddings=24,
+                 patch_size=4, max_att_resolution=8, norm_num_groups=16)
+    llama = dict(vocab_size=66, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    place = IVideoGPT(IVideoGPTConfig(kinds, llama)).save_pretrained(tmp_path_factory.mktemp("model"))
+    (place / "config.json").unlink()  # the original has none
+    return place
+
+
+def test_public_name(folder):
+    import vpenc
+    frames = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    shapes = {tap: tuple(vpenc.load_encoder(folder, tap=tap)(frames).values.shape) for tap in ("levels", "pre", "codes", "embed", "hidden[1]", "next", "entropy")}
+    assert shapes == {"levels": (3, 1, 64, 8, 8), "pre": (3, 1, 8, 8, 8), "codes": (3, 1, 1, 8, 8), "embed": (3, 1, 8, 8, 8),
+                      "hidden[1]": (3, 2, 32, 8, 8), "next": (3, 1, 32, 2, 2), "entropy": (3, 1, 1, 2, 2)}
+    assert vpenc.load_encoder(f"random/{folder}").tap == "random/ivideogpt:levels"
+
+
+def test_without_a_network_a_hub_name_gets_one_line(monkeypatch):
+    import huggingface_hub
+    from vpenc.encoders.taps import load_encoder
+    def unreachable(*_, **__): raise OSError("Name or service not known\n(second line)")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    for call in (load_ivideogpt, load_encoder):
+        with pytest.raises((FileNotFoundError, ValueError), match="thuml/ivideogpt-bair-64-act-free.*Name or service not known") as raised:
+            call("thuml/ivideogpt-bair-64-act-free")
+        assert "\n" not in str(raised.value)
+
+
+def test_a_row_of_the_table(folder, tmp_path):
+    from vpenc.data.sim import SimConfig, generate_labels
+    from vpenc.experiments.experiment import Experiment, fit_experiment
+    data = generate_labels(tmp_path / "small-labels.h5", SimConfig(), dict(train=12, val=4, spare=4, test=8), processes=1)
+    given = dict(head="linear1x1", weights=str(folder), data=str(data), epochs=2)
+    for tap in ("ivideogpt:levels", "ivideogpt:next[2]", "random/ivideogpt:pre", "noise:ivideogpt:pre"):
+        row = Experiment(encoder=tap, **given)
+        first, again = (fit_experiment(row, cache=tmp_path / "features").result for _ in range(2))
+        assert first["tap"] == tap and first["iou"] == again["iou"] and 0 <= first["interval"][0] <= first["interval"][1] <= 1
+    paper = Experiment(encoder="ivideogpt:levels", protocol="paper", **given)
+    assert fit_experiment(paper, cache=tmp_path / "features").encoder.value_range == "unit"
+    assert {path.name for path in row.inputs()} == {"small-labels.h5", "config.json", "diffusion_pytorch_model.safetensors", "model.safetensors"}
+    with pytest.raises(ValueError, match="ivideogpt:levels"): Experiment(encoder="ivideogpt:level")
+    with pytest.raises(ValueError, match="IVideoGPT expected.*got VideoGPT"): fit_experiment(Experiment(encoder="ivideogpt:levels", data=str(data)), cache=False)
+
+
+def test_the_explorer(folder):
+    from vpenc.data.sim import simulate
+    from vpenc.views.explore import Explorer, ExploreState, draw_futures, finish
+    clips = [simulate(i, split="test") for i in range(2)]
+    explorer = Explorer({"sim": clips}, str(folder), device="cpu")
+    state = ExploreState(frame=2)
+    for _ in explorer.preparing(state): pass
+    assert explorer.fix(state).tap == "levels" and explorer.limits(explorer.fix(state))["taps"] == ["levels", "pre", "embed", "hidden", "next"]
+    assert explorer.can_sample(state) and {"pca", "codes", "usage", "entropy"} <= explorer.views(state).keys()
+    at_next = explorer.fix(ExploreState(tap="next", layer=2, frame=2))
+    made = {"sim": clips}
+    exec(explorer.code(at_next), made)
+    for name, panel in explorer.panels(at_next).items(): assert np.array_equal(panel.image, made["panels"][name]), name
+    encoder, frame = explorer.encoder(state), clips[0].video[2]
+    futures = draw_futures(encoder, frame, count=2, seed=3)
+    ids = encoder.model.sample(torch.tensor(np.stack([frame] * 2)).permute(0, 3, 1, 2) / 255, steps=14, top_k=None, generator=torch.Generator().manual_seed(3))
+    shown = encoder.model.detokenize(ids)[:, 1:].mul(255).round().byte().movedim(2, -1).numpy()  # the second of the two given frames comes first
+    assert futures.shape == (2, 15, 64, 64, 3) and np.abs(futures.astype(int) - shown).max() <= 1
+    assert finish(iter(())) is None
+
+
+def test_a_film_of_futures(folder):
+    from vpenc.encoders import futures
+    windows = futures.load_windows(length=4, clips=2)
+    asked = futures.futures_of(load_ivideogpt(folder), length=4)
+    codes = futures.sample_codes(asked, windows.video[:, :2], n=2)
+    entropy, cost = futures.next_code_bits(asked, windows.video[:, :2], codes)
+    assert futures.decode(asked, codes).shape == (2, 2, 4, 64, 64, 3) and futures.reconstruct(asked, windows.video).shape == windows.video.shape
+    assert entropy.shape == cost.shape == (2, 2, 2, 2, 2) and 0 <= entropy.min() and entropy.max() <= np.log2(66) + 1e-4

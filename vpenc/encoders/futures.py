@@ -124,6 +124,7 @@ class VideoGPTFutures:
         tokens = gpt.config.vqvae
         self.model, self.value_range, self.given, self.length = gpt, value_range, gpt.config.n_cond_frames, tokens.sequence_length
         self.size, self.n_codes, self.numbers = tokens.resolution, tokens.n_codes, math.prod(gpt.latent_shape)
+        self.written = f"{'x'.join(map(str, gpt.latent_shape))} codes of {self.n_codes}"  # how a clip is
 
     @property
     def device(self): return self.model.fc_out.weight.device
@@ -161,6 +162,7 @@ class IVideoGPTFutures:
         if steps < 1: raise ValueError(f"length: more than the {model.context_length} given frames expected; got {length}")
         self.model, self.given, self.length, self.steps, self.size = model, model.context_length, length, steps, kinds.resolution
         self.n_codes, self.numbers = model.config.transformer.vocab_size, steps * model.frame_tokens - 1
+        self.written = f"{model.context_tokens} + {steps} x {model.frame_tokens} tokens of {self.n_codes}"
 
     @property
     def device(self): return self.model.transformer.lm_head.weight.device

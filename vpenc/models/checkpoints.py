@@ -6,8 +6,8 @@
 __all__ = ['STORAGES', 'LEGACY_MAGIC', 'LISTED', 'MODELS', 'GUESTS', 'HUB_FILES', 'DTYPES', 'StoredTensor', 'Inert',
            'SafeUnpickler', 'LightningFile', 'is_mask', 'vote', 'count', 'argument', 'vqvae_config', 'halvings',
            'clip_side', 'videogpt_config', 'resnet_sizes', 'fill', 'read_original', 'build_original', 'model_kind',
-           'save_pretrained', 'read_folder', 'model_homes', 'list_models', 'from_hub', 'find_model', 'from_pretrained',
-           'load_videogpt', 'load_vqvae', 'push_to_hub', 'attach', 'convert']
+           'model_files', 'save_pretrained', 'read_folder', 'model_homes', 'list_models', 'from_hub', 'find_model',
+           'from_pretrained', 'load_videogpt', 'load_vqvae', 'push_to_hub', 'attach', 'convert']
 
 # %% ../../nbs/2_models/04_checkpoints.ipynb #1a3edb4e
 import json
@@ -342,6 +342,14 @@ def model_kind(path):
     path = Path(path)
     if (path / "tokenizer").is_dir() and (path / "transformer").is_dir(): return "IVideoGPT"
     return read_json(path / "config.json").get("model") if (path / "config.json").is_file() else None
+
+
+def model_files(path) -> list:
+    "The files whose content decides what a model is: one that holds the SHA-256 of the others, or all of them."
+    path = Path(path)
+    if not path.is_dir(): return [path]
+    if (path / "config.json").is_file() and "sha256" in read_json(path / "config.json"): return [path / "config.json"]
+    return sorted(file for suffix in ("json", "safetensors", "bin") for file in path.rglob(f"*.{suffix}"))
 
 
 def save_pretrained(
