@@ -7,8 +7,8 @@ __all__ = ['BLOCK', 'LOCAL', 'GELU_SLOPE', 'BUCKET', 'VideoGPTConfig', 'block_gr
            'SparseBlocks', 'sparse_blocks', 'block_positions', 'ChannelNorm', 'NormReLU', 'ResidualBlock', 'Stage',
            'ResNet', 'take_middle_slices', 'PositionEmbedding', 'LayerNorm', 'GELU', 'MLP', 'attend', 'attend_sparse',
            'MultiHeadAttention', 'flex_mask', 'attend_flex', 'flex_compiles', 'AttentionBlock', 'RightShift',
-           'AttentionStack', 'VideoGPT', 'drop_masks', 'Thin', 'DecoderLayer', 'keys_first', 'Decoder', 'cache_bytes',
-           'draw', 'sample']
+           'AttentionStack', 'VideoGPT', 'drop_masks', 'Thin', 'DecoderLayer', 'keys_first', 'attend_one', 'Decoder',
+           'cache_bytes', 'draw', 'sample']
 
 # %% ../../nbs/2_models/03_videogpt.ipynb #82e79d39
 import math
@@ -550,7 +550,7 @@ class DecoderLayer:
         q, k, v = (self.split(y) for y in self.qkv(norm(self.block.pre_attn_norm)).chunk(3, -1))  # (B,heads,d)
         x = x + self.out(attend(self, q, k, v).flatten(1))
         if self.context is not None:
-            x = x + self.cross_out(attend(self.split(self.cross_q(norm(self.block.pre_enc_norm))), *self.context).flatten(1))
+            x = x + self.cross_out(attend_one(self.split(self.cross_q(norm(self.block.pre_enc_norm))), *self.context).flatten(1))
         return x + self.down(F.silu(self.up(norm(self.block.pre_fc_norm)), inplace=True))
 
 
@@ -559,7 +559,7 @@ def keys_first(k):  # (B,heads,N,d)
     return k.transpose(-1, -2).contiguous().transpose(-1, -2)
 
 
-def attend(q, k, v, hide=None):  # (B,heads,d), scaled; (B,heads,N,d), (B,heads,N,e); (1,N), 0 or -inf
+def attend_one(q, k, v, hide=None):  # (B,heads,d), scaled; (B,heads,N,d), (B,heads,N,e); (1,N), 0 or -inf
     "Attention of one query a head, `(B,heads,e)`: two thin products, cheaper on a CPU than a fused kernel."
     scores = (q[:, :, None] @ k.transpose(-1, -2)).float()  # (B,heads,1,N)
     if hide is not None: scores = scores + hide
@@ -630,10 +630,10 @@ class Decoder:
 
     def _attend(self, layer, q, k, v):
         for kept, new in zip(layer.cache, (k, v)): kept[:, :, self.position] = new
-        if self.visible is None: return attend(q, *(past[:, :, : self.position + 1] for past in layer.cache))
+        if self.visible is None: return attend_one(q, *(past[:, :, : self.position + 1] for past in layer.cache))
         slot = len(self.visible[self.in_window]) - BLOCK + self.position % BLOCK  # the own block comes last
         for kept, new in zip(layer.window, (k, v)): kept[:, :, slot] = new
-        return attend(q, *(past[:, :, : slot + 1] for past in layer.window))
+        return attend_one(q, *(past[:, :, : slot + 1] for past in layer.window))
 
     def _fill_window(self):
         "At the start of a block: the keys that it may see, side by side."
@@ -685,8 +685,8 @@ def _static(self: Decoder, size):
 
     def attend(layer, q, k, v):
         for kept, new in zip(layer.cache, (k, v)): kept.index_copy_(2, self.at, new[:, :, None])
-        if self.visible is None: return attend(q, *(past[:, :, :size] for past in layer.cache), hide)
-        return attend(q, *(past.index_select(2, keys) for past in layer.cache), hide)
+        if self.visible is None: return attend_one(q, *(past[:, :, :size] for past in layer.cache), hide)
+        return attend_one(q, *(past.index_select(2, keys) for past in layer.cache), hide)
 
     return self._blocks(x, attend)
 
