@@ -233,6 +233,7 @@ class MagvitConfig:
 
 class Magvit(nn.Module):
     "MAGVIT: tokenizer `vq` and `transformer`. Frames and clips are floats in [0, 1]."
+    value_range = "unit"
 
     def __init__(self, config: MagvitConfig):
         super().__init__()

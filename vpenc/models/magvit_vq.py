@@ -382,6 +382,7 @@ class MagvitVQOutput(NamedTuple):
 
 class MagvitVQ(nn.Module):
     "MAGVIT's 3D-VQ. Clips are `(B,3,T,H,W)` floats in [0, 1]."
+    value_range = "unit"
 
     def __init__(self, config: MagvitVQConfig):
         super().__init__()
