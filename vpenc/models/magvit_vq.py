@@ -44,6 +44,7 @@ class MagvitVQConfig:
     def __post_init__(self):
         self.multipliers, self.temporal_downsample, self.levels = map(tuple, (self.multipliers, self.temporal_downsample, self.levels))
         if self.quantizer not in QUANTIZERS: raise ValueError(f"quantizer: unknown {self.quantizer!r}{did_you_mean(self.quantizer, QUANTIZERS)}")
+        if self.filters % 2: raise ValueError(f"filters: an even number expected; got {self.filters}")
         if self.quantizer == "fsq": self.n_codes = math.prod(self.levels)
         if self.quantizer == "lfq" and self.n_codes & (self.n_codes - 1):
             raise ValueError(f"n_codes: a power of two expected for lfq (each code is a row of bits); got {self.n_codes}")
@@ -115,16 +116,17 @@ class Conv3d(nn.Conv3d):
         y = F.conv3d(torch.cat([x[..., : half + 2 * h, :], x[..., half:, :]]), self.weight, self.bias, padding=(t, 0, w))
         return torch.cat([y[:1], y[1:]], 3)
 
-# %% ../../nbs/2_models/05_magvit_vq.ipynb #c6987074
+# %% ../../nbs/2_models/05_magvit_vq.ipynb #7f49b93e
 def group_norm(channels):
-    "GroupNorm in at most 32 groups of at least 2 channels, epsilon 1e-6."
-    return nn.GroupNorm(min(32, channels // 2), channels, eps=1e-6)
+    "GroupNorm in 32 groups, or the most of 16, 8, ... that leave at least 2 channels each; epsilon 1e-6."
+    groups = math.gcd(32, channels)
+    return nn.GroupNorm(groups // 2 if groups == channels else groups, channels, eps=1e-6)
 
 
 def pool(x, time=True):
     "Mean over cells of 2x2 in space and, if `time`, 2 in time; an odd side's last cell is the mean of one. `(B,C,T,H,W)`"
     size = [min(n, k) for n, k in zip(x.shape[2:], (2 if time else 1, 2, 2))]  # a side of 1 stays
-    return F.avg_pool3d(x, size, size, ceil_mode=True, count_include_pad=False)
+    return F.avg_pool3d(x, size, size, ceil_mode=True)
 
 # %% ../../nbs/2_models/05_magvit_vq.ipynb #1f843ee1
 class ResBlock(nn.Module):
