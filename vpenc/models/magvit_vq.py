@@ -276,7 +276,7 @@ class EMAQuantizer(PaperQuantizer):
             rows = self.rows(z.detach())
             if self.training and self.needs_init: self.initialise(rows)
             codes = self.nearest(z)
-            q = self.lookup(codes)
+            q = self.lookup(codes).detach()
             if self.training: self.follow(rows, codes.flatten())
             return codes, z + (q - z).detach(), dict(commitment=0.25 * F.mse_loss(z, q))
 
