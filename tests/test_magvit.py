@@ -1,4 +1,7 @@
 """MAGVIT equals an independent, slow implementation: tokenizer, discriminator, transformer, COMMIT; and weights in the released layout load."""
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -231,3 +234,17 @@ def test_expected_latents_and_one_pass():
     got = model.transformer(model.inputs(codes))
     close(got, logits, 2e-5)
     close(theirs(model.expected(got)), np.exp(plain.log_softmax(logits)) @ w["quantizer/codebook"], 2e-5)
+
+
+def test_one_clip_is_learned_by_heart(tmp_path):
+    "The analysis notebook `overfit`, short: eight frames of 32x32 pixels."
+    papermill = pytest.importorskip("papermill")
+    notebook = Path(__file__).resolve().parent.parent / "nbs" / "analysis" / "overfit.ipynb"
+    papermill.execute_notebook(notebook, tmp_path / "out.ipynb", progress_bar=False, parameters=dict(
+        folder=str(tmp_path / "overfit"), size=32, frames=8, steps=200, their_steps=25, commit_steps=60))
+    found = json.loads((tmp_path / "overfit" / "overfit.json").read_text())
+    picture = found["baselines"]["single picture"]
+    assert found["psnr"]["ours"] > picture + 6 and found["passed"] and found["codes_used"] > 64
+    assert found["recovered"] > .95
+    assert max(value for name, value in found["psnr"].items() if name != "ours") < picture
+    assert {path.name for path in (tmp_path / "overfit").glob("*.png")} == {"psnr.png", "recovered.png", "frames.png"}
