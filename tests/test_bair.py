@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
-from vpenc import bair
+from vpenc.data import bair
 from vpenc.data.bair import convert_bair
 from vpenc.files import file_sha256
 from vpenc.data.loader import clip_loader

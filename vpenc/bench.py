@@ -155,7 +155,7 @@ def logits(self: Plain, codes, frames=None, labels=None):
     return gpt.fc_out(self._norm(gpt.norm, x, labels)).view(*codes.shape, -1)
 
 
-for method in (_norm, _places, _context, _heads, _merge, _block, logits): setattr(Plain, method.__name__, method)
+for method in (_norm, _positions, _context, _heads, _merge, _block, logits): setattr(Plain, method.__name__, method)
 
 # %% ../nbs/80_bench.ipynb #e2d37d25
 class PlainDecoder:
