@@ -486,11 +486,12 @@ ENCODERS = {
     "videogpt": VideoGPTEncoder,
     "vqvae": VQVAEEncoder,
     "ivideogpt": "vpenc.encoders.ivideogpt.IVideoGPTEncoder",
+    "magvit": "vpenc.encoders.magvit.MagvitEncoder",
     "pixels": PixelsEncoder,
     "position": PositionEncoder,
     "noise": NoiseEncoder,
 }  # name -> class, or where it is (of families that come in later notebooks)
-FAMILIES = {"VideoGPT": "videogpt", "VQVAE": "vqvae", "IVideoGPT": "ivideogpt"}  # class of a model -> name of its encoder
+FAMILIES = {"VideoGPT": "videogpt", "VQVAE": "vqvae", "IVideoGPT": "ivideogpt", "Magvit": "magvit", "MagvitVQ": "magvit"}  # class of a model -> name of its encoder
 
 
 def encoder_class(name) -> type:
@@ -510,7 +511,7 @@ def known_taps(
 
 def tap_names() -> list:
     "Full names of the taps of all families, without layers; loads no model."
-    return [tap for name in FAMILIES.values() for tap in encoder_class(name).TAPS]
+    return [tap for name in dict.fromkeys(FAMILIES.values()) for tap in encoder_class(name).TAPS]
 
 
 def saved_as(path) -> dict:
