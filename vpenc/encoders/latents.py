@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from .taps import FeatureMap, known_taps
 from .features import join
 from ..files import progress
-from ..training.pretrain import cross_attention, mass_at_own_position
+from ..models.videogpt import cross_attention, mass_at_own_position
 
 # %% ../../nbs/4_encoders/04_latents.ipynb #46f5a74f
 @torch.no_grad()
