@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from .taps import FeatureMap, known_taps
 from .features import join
 from ..files import progress
-from ..training.pretrain import cross_attention, mass_at_own_position
+from ..models.videogpt import cross_attention, mass_at_own_position
 
 # %% ../../nbs/4_encoders/04_latents.ipynb #46f5a74f
 @torch.no_grad()
 def encode_taps(
-    encoder,  # VideoGPTEncoder or VQVAEEncoder
+    encoder,  # TapEncoder
     frames,  # uint8 (N,H,W,3)
     names=None,  # taps; None: all but the sampled codes
     batch=16,  # frames in one pass
@@ -54,17 +54,17 @@ def _packed(features):
 def by_depth(
     taps,  # names, as `encode_taps` gives them
 ) -> list:
-    "The names in the order in which the model computes them: ResNet stages, VQ-VAE, transformer."
-    order = ("resnet:stages[", "resnet", "vqvae:pre", "vqvae:codes", "embed", "hidden", "entropy", "codes")
-    rank = lambda name: next(i for i, part in enumerate(order) if part in name)
+    "The names in the order in which the model computes them: stages of the ResNet or levels of the encoder, codes, transformer."
+    order = ("resnet:stages[", "resnet", "levels[", "levels", "pre", "vqvae:codes", "ivideogpt:codes", "embed", "hidden", "next", "entropy", "codes")
+    rank = lambda name: next((i for i, part in enumerate(order) if part in name), len(order))
     return sorted(taps, key=lambda name: (rank(name), ":stages" in name and "[" not in name, name))
 
 
 def short(
     tap,  # 'videogpt:hidden[2]'
 ) -> str:
-    "The tap without its family where that is unambiguous: 'hidden[2]'; 'resnet:stages[0]' becomes 'stages[0]'."
-    return tap.replace("videogpt:", "").replace("resnet:stages[", "stages[")
+    "The tap without its family where nothing is lost: 'hidden[2]'; 'resnet:stages[0]' becomes 'stages[0]'."
+    return tap.replace("ivideogpt:", "").replace("videogpt:", "").replace("resnet:stages[", "stages[")
 
 # %% ../../nbs/4_encoders/04_latents.ipynb #0da85860
 def on_grid(
