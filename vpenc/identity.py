@@ -256,7 +256,7 @@ def tensor_digest(
     if plain.is_sparse or plain.is_quantized or plain.layout != torch.strided or plain.is_meta:
         raise Unidentified(f"{where or 'it'} is a {plain.layout} tensor of {plain.dtype}, whose values cannot be read")
     try: return digest(plain)
-    except TypeError: return digest(str(plain.dtype), plain.contiguous().view(torch.uint8))  # types that NumPy does not know
+    except TypeError: return digest(str(plain.dtype), plain.shape, plain.contiguous().reshape(-1).view(torch.uint8))  # types that NumPy does not know
 
 
 def identify(

@@ -188,10 +188,16 @@ def stamp(self: Encoder, output) -> str:
 
 
 Encoder.read_identity, Encoder.identity, Encoder.stamp = read_identity, identity, stamp
-Encoder.tap = property(lambda self: self.origin + self.output, doc="Full name of what is tapped.")
-Encoder.fingerprint = property(lambda self: self.identity(self.output, weights_digest(self)),
-                               doc="16 hex digits over weights, buffers, code, tap, value range and (where it matters) seed.")
-Encoder.unidentified = property(lambda self: self.read_identity()[1], doc="Why the code cannot be told from others, so that nothing is cached; '' if it can.")
+
+
+def _tap(self): return self.origin + self.output
+def _fingerprint(self): return self.identity(self.output, weights_digest(self))
+def _unidentified(self): return self.read_identity()[1]
+
+
+Encoder.tap = property(_tap, doc="Full name of what is tapped.")
+Encoder.fingerprint = property(_fingerprint, doc="16 hex digits over weights, buffers, code, tap, value range and (where it matters) seed.")
+Encoder.unidentified = property(_unidentified, doc="Why the code cannot be told from others, so that nothing is cached; '' if it can.")
 
 # %% ../../nbs/4_encoders/01_taps.ipynb #dab2a92f
 class ModuleEncoder(Encoder):

@@ -81,6 +81,9 @@ class Probe:
         features = source if hasattr(source, "as_2d") else None
         if features is None and self.encoder is None:
             raise ValueError("this probe reads features: call its encoder on the frames first")
+        known, given = self.recipe.get("fingerprint"), getattr(features, "fingerprint", "")
+        if self.encoder is None and known and given and known != given:
+            raise ValueError(f"this probe was fitted to features of another encoder ({known}) than these, {features.tap} ({given})")
         parts = []
         for start in range(0, len(source), batch):
             part = slice(start, start + batch)
