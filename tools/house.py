@@ -48,7 +48,7 @@ def faults() -> list[str]:
         for other in sorted(imported(path) & {*order}):
             home = other.partition(".")[0]
             if order.index(other) >= order.index(name): lines.append(f"{name} imports {other}, which comes after it")
-            elif folder in MAY_IMPORT and home not in (folder, "files", *MAY_IMPORT[folder]):
+            elif folder in MAY_IMPORT and home not in (folder, "files", "identity", *MAY_IMPORT[folder]):
                 lines.append(f"{name} imports {other}: {folder} may import only {', '.join(MAY_IMPORT[folder]) or 'files'}")
     return lines
 

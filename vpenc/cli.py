@@ -188,12 +188,21 @@ def predict(args):
 
 
 def file_names(names: list) -> list:
-    "A file's name for each picture: its own without ending; of frames of one file, 'film.mp4[7]' becomes 'film-mp4-0007'."
+    """A file's name for each picture, all different: its own without ending where that is enough, else all of it.
+
+    Letters that no file system minds stay; others are written as in a URL (%20), so that `urllib.parse.unquote` gives them back.
+    Of frames of one file, 'film.mp4[7]' becomes 'film.mp4%5B0007%5D'.
+    """
     import re
+    from urllib.parse import quote
     stems = [Path(name).stem for name in names]
-    if len(set(stems)) == len(names): return stems
-    numbered = [re.sub(r"\d+(?=\]$)", lambda digits: digits[0].zfill(4), name) for name in names]  # so that they sort
-    return [re.sub(r"[^\w-]+", "-", name).strip("-") for name in numbered]
+    same = [stem.casefold() for stem in stems]
+    kept = stems if len(set(same)) == len(names) else [re.sub(r"\d+(?=\]$)", lambda digits: digits[0].zfill(4), name) for name in names]
+    made = [quote(name, safe=" ").rstrip(" ") for name in kept]
+    lower = [name.casefold() for name in made]
+    reserved = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  # on Windows
+    spelled = [re.sub("[A-Z]", lambda letter: f"%{ord(letter[0]):02X}", name) if lower.count(name.casefold()) > 1 else name for name in made]
+    return [f"%{ord(name[0]):02X}{name[1:]}" if reserved.match(name) else name for name in spelled]
 
 # %% ../nbs/81_cli.ipynb #e115d16b
 def bench(args):

@@ -7,7 +7,7 @@ __all__ = ['atomic', 'write_json', 'read_json', 'locked', 'digest', 'file_sha256
            'progress', 'did_you_mean']
 
 # %% ../nbs/00_files.ipynb #85643f35
-import contextlib, difflib, errno, fcntl, hashlib, json, os, subprocess, sys, tempfile, time
+import contextlib, difflib, errno, hashlib, json, os, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np
@@ -72,12 +72,14 @@ def locked(
     wait=True,  # wait for the other holder; otherwise raise BlockingIOError at once
 ):
     "Hold an exclusive lock on `path` while the block runs; released even when the process is killed."
+    from filelock import FileLock, Timeout
     path = Path(f"{path}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as handle:
-        try: fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError: raise BlockingIOError(f"another process is working on {path.with_suffix('')}") from None
-        yield
+    lock = FileLock(path)
+    try: lock.acquire(timeout=-1 if wait else 0)
+    except Timeout: raise BlockingIOError(f"another process is working on {path.with_suffix('')}") from None
+    try: yield
+    finally: lock.release()
 
 # %% ../nbs/00_files.ipynb #f9e27475
 def digest(*parts) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from ..files import digest, locked, progress, read_json, run_children, write_json
+from ..files import digest, file_sha256, locked, progress, read_json, run_children, write_json
 from .pictures import FILMS, PICTURES, by_number, read_video
 from .video import ClipStore, as_frames, to_uint8, write_clips
 
@@ -184,9 +184,10 @@ def _read_videos(parts):
         yield name, (dict(video=_read_one(video['file'], part['size'], video.get('index')), trajectory=video['id'])
                      for video in part['videos'])
 
-def _bytes(file):
-    "Size of a file, or of all files in a folder."
-    return Path(file).stat().st_size if Path(file).is_file() else sum(p.stat().st_size for p in Path(file).iterdir() if p.is_file())
+def _content(file):
+    "Digest of the bytes of a file, or of all files in a folder with their names."
+    files = [Path(file)] if Path(file).is_file() else sorted(p for p in Path(file).iterdir() if p.is_file())
+    return digest([[p.name, file_sha256(p)] for p in files])
 
 def convert_videos(
     source,  # folder of videos, or one file
@@ -199,11 +200,11 @@ def convert_videos(
     if not 8 <= size <= 1024: raise ValueError(f'size is {size}: expected 8 to 1024')
     videos = find_videos(source)
     split = split_videos(videos, test_share)
-    for video in videos.values(): video |= dict(file=os.path.abspath(video['file']), bytes=_bytes(video['file']))
+    for video in videos.values(): video |= dict(file=os.path.abspath(video['file']), content=_content(video['file']))
     parts = []
     for wanted in ('train', 'test'):
         chosen = [dict(video, id=i) for i, (name, video) in enumerate(videos.items()) if split[name] == wanted]
         parts += [dict(split=wanted, size=size, videos=chosen[i:i + 16]) for i in range(0, len(chosen), 16)]
-    content = digest([[name, split[name], video['bytes']] for name, video in videos.items()])
+    content = digest([[name, split[name], video['content']] for name, video in videos.items()])
     return build_store(path, 'vpenc.data.ingest:_read_videos', parts, dict(kind='videos', size=size),
                        dict(videos=len(videos), test=sum(s == 'test' for s in split.values()), content=content), jobs=jobs)

@@ -93,7 +93,7 @@ def as_frames(
     size: int | None = None,  # resize and crop to this height and width
 ) -> torch.Tensor:  # (B, 3, H, W) float32 in [0, 1]
     "Pictures as a batch of unit frames; ValueError for any other shape, dtype or value range."
-    x = torch.as_tensor(x)
+    x = torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x)  # PyTorch takes no negative strides
     _check_shape(x, (3, 4), 'uint8 (H,W,3) or (B,H,W,3), or float (3,H,W) or (B,3,H,W)')
     x = x.reshape(-1, *x.shape[-3:])  # (B, ...)
     if x.dtype == torch.uint8: x = x.permute(0, 3, 1, 2).float() / 255  # (B, H, W, 3) -> (B, 3, H, W)

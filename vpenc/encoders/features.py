@@ -6,12 +6,14 @@
 __all__ = ['PART', 'pack', 'part_paths', 'write_parts', 'join', 'read_part', 'read_parts', 'default_cache', 'extract', 'compute']
 
 # %% ../../nbs/4_encoders/02_features.ipynb #03bd21a4
+import shutil, warnings
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import vpenc
 from .taps import Encoder, FeatureMap
 from ..files import atomic, data_home, digest, locked, progress, project_root
 
@@ -19,14 +21,13 @@ from ..files import atomic, data_home, digest, locked, progress, project_root
 def pack(
     features: FeatureMap,
 ) -> dict:
-    "Name -> tensor on the CPU, float16 where no value is above 2048. ValueError if a value is not finite."
+    "Name -> float32 tensor on the CPU. ValueError if a value is not finite."
     maps = dict(values=features.values, **{f"level{i}": level for i, level in enumerate(features.levels)})
     packed = {}
     for name, values in maps.items():
         values = values.detach().float().cpu()
-        largest = float(values.abs().max())
-        if not np.isfinite(largest): raise ValueError(f"{features.tap}: the features hold NaN or infinite values")
-        packed[name] = (values.half() if largest <= 2048 else values).contiguous()
+        if not values.isfinite().all(): raise ValueError(f"{features.tap}: the features hold NaN or infinite values")
+        packed[name] = values.contiguous()
     return packed
 
 # %% ../../nbs/4_encoders/02_features.ipynb #19bce8a4
@@ -106,19 +107,26 @@ def extract(
     batch=16,  # frames per call of the encoder
     desc=None,  # title of the progress bar; None: the encoder's tap
 ) -> FeatureMap:
-    """Features of all frames, float32 on the CPU, from the cache where present (the cache rounds to float16).
+    """Features of all frames, float32 on the CPU, from the cache where they are in it.
 
-    Computed in parts, so that a killed run resumes. ValueError for features that are not finite.
+    Computed in parts, so that a killed run goes on where it was. An encoder whose code cannot be told from others, or whose state
+    changes as it runs, is not cached, and a warning says so. ValueError for features that are not finite.
     """
     frames = np.asarray(frames)
     if frames.ndim != 4 or frames.dtype != np.uint8 or not len(frames):
         raise ValueError(f"frames are {frames.dtype} {frames.shape}; expected uint8 (N, H, W, 3) with N > 0")
     desc = desc or encoder.tap
     if cache is False or encoder.cheap: return compute(encoder, frames, batch, desc)
-    fingerprint = encoder.fingerprint
-    folder = Path(cache or default_cache())/digest(fingerprint, frames)
-    with locked(folder): write_parts(encoder, frames, folder, batch, desc)
-    return read_parts(folder, len(frames), fingerprint)
+    fingerprint, why = encoder.fingerprint, encoder.unidentified
+    folder = Path(cache or default_cache())/digest("float32", vpenc.__version__, torch.__version__, fingerprint, frames)
+    if not why:
+        with locked(folder):
+            write_parts(encoder, frames, folder, batch, desc)
+            if encoder.fingerprint == fingerprint: return read_parts(folder, len(frames), fingerprint)
+            shutil.rmtree(folder)  # nobody can tell which of its states gave these features
+            why = "its state changes as it runs"
+    warnings.warn(f"features of {encoder.tap} are not cached: {why}", stacklevel=2)
+    return compute(encoder, frames, batch, desc)
 
 
 def compute(encoder, frames, batch, desc) -> FeatureMap:

@@ -6,12 +6,12 @@
 __all__ = ['PROTOCOLS', 'VALUE_RANGE', 'DOMAINS', 'TUNING', 'PAPER_TABLE1', 'TABLE1_TAPS', 'TABLE1_FLOORS', 'TAPS', 'PROBES',
            'GRIDS', 'BLOCK', 'KEPT', 'check_encoder', 'Experiment', 'PaperRow', 'table1', 'full', 'smoke',
            'labels_path', 'make_labels', 'ensure_labels', 'Parts', 'parts_for', 'pieces', 'features_at', 'concatenate',
-           'Stopwatch', 'Fitted', 'fit_experiment', 'same_fit', 'load_labelled', 'blocks', 'fit_frozen', 'kept_probe',
-           'fit_tuned', 'recipe', 'result_of', 'finite', 'score', 'image_means', 'record', 'versions', 'peak_memory',
-           'run_experiment', 'Ranked', 'ranked', 'save_probe', 'Predictor']
+           'Stopwatch', 'Fitted', 'fit_experiment', 'same_fit', 'load_labelled', 'blocks', 'code_of', 'fit_frozen',
+           'kept_probe', 'fit_tuned', 'recipe', 'result_of', 'finite', 'score', 'image_means', 'record', 'versions',
+           'peak_memory', 'run_experiment', 'Ranked', 'ranked', 'save_probe', 'Predictor']
 
 # %% ../../nbs/6_experiments/01_experiment.ipynb #8068dc25
-import copy, platform, re, time
+import copy, platform, re, secrets, time, warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import torch
 
 import vpenc
 from ..files import data_home, did_you_mean, digest, locked, read_json, write_json
+from ..identity import Unidentified, identify
 from ..probing.losses import make_loss
 from ..probing.probe import OPTIMIZERS
 
@@ -354,13 +355,13 @@ def fit_experiment(
     cache=None,  # folder of cached features; the default when None
 ) -> Fitted:
     "Encode, fit one probe per seed, score. Deterministic on one machine."
-    from vpenc.encoders.taps import load_encoder
+    from vpenc.encoders.taps import load_encoder, weights_digest
     start = time.perf_counter()
     if labelled is None: labelled = load_labelled(experiment)
     parts = [parts_for(labelled, experiment, seed) for seed in experiment.seeds]
     encoder = load_encoder(experiment.encoder, weights=experiment.weights, value_range=VALUE_RANGE[experiment.protocol])
     encoder.fit(labelled.frames[parts[0].train])
-    before, fit = encoder.fingerprint, fit_tuned if experiment.finetune else fit_frozen
+    before, fit = weights_digest(encoder), fit_tuned if experiment.finetune else fit_frozen
     with Stopwatch(encoder, labelled.frames[:8], cache) as watch:
         features = features_at(encoder, labelled, parts[0].train[:1], cache)
     probes, probability, seconds = [], [], []
@@ -374,11 +375,11 @@ def fit_experiment(
         probability.append(guess)
         seconds.append(spent)
     fitted = Fitted(experiment, labelled, encoder, parts, probes, probability, {})
-    if encoder.fingerprint != before: raise RuntimeError(f"{encoder.tap}: the encoder changed while a probe was fitted")
+    if weights_digest(encoder) != before: raise RuntimeError(f"{encoder.tap}: the encoder changed while a probe was fitted")
     fitted.result.update(
         result_of(fitted), tap=features.tap, shape=list(features.values.shape[1:]), encoder_ms=watch.speed,
         probe_seconds=float(np.mean(seconds)), seconds=time.perf_counter() - start, peak_memory_mb=peak_memory(),
-        frozen=dict(before=before, after=encoder.fingerprint))
+        frozen=dict(before=before, after=weights_digest(encoder)))
     return fitted
 
 
@@ -399,6 +400,17 @@ def blocks(indices) -> list:
     return [indices[start:start + BLOCK] for start in range(0, len(indices), BLOCK)]
 
 # %% ../../nbs/6_experiments/01_experiment.ipynb #cd20fe81
+def code_of(experiment: Experiment) -> tuple:
+    "16 hex digits over the code that a row names (head, losses, optimizer, encoder's class), and why it cannot be told ('' if it can)."
+    from vpenc.encoders.taps import ENCODERS
+    from vpenc.probing.heads import HEADS
+    from vpenc.probing.losses import LOSSES
+    losses = [LOSSES[name] for name in re.findall("[a-z_]+", experiment.loss) if name in LOSSES]
+    family = experiment.encoder.removeprefix("random/").partition(":")[0]
+    try: return identify(HEADS[experiment.head], losses, OPTIMIZERS[experiment.optimizer], ENCODERS.get(family)), ""
+    except Unidentified as error: return secrets.token_hex(8), str(error)
+
+
 def fit_frozen(experiment, encoder, labelled, part, seed, cache) -> tuple:
     "One seed's probe on cached features, a function from indices to probabilities (N,H,W), and the seconds of the fit."
     from vpenc.probing.heads import map_shapes
@@ -410,8 +422,13 @@ def fit_frozen(experiment, encoder, labelled, part, seed, cache) -> tuple:
     features, settings = read(part.train), recipe(experiment)
     usual = recipe_for(experiment.head, map_shapes(features), experiment.protocol)
     decides = [vpenc.__version__, encoder.fingerprint, labelled.fingerprint, experiment.head, seed, settings, repr(usual)]
-    key = digest(decides, part.train, part.val)
-    probe, seconds = kept_probe(key, fit, cache)
+    code, why = code_of(experiment)
+    why = why or encoder.unidentified
+    if why:
+        warnings.warn(f"the probe of {experiment.name} is not kept: {why}", stacklevel=2)
+        start = time.perf_counter()
+        probe, seconds = fit(), time.perf_counter() - start
+    else: probe, seconds = kept_probe(digest(decides, code, part.train, part.val), fit, cache)
     return probe, lambda indices: probe.predict(read(indices)), seconds
 
 
@@ -468,11 +485,16 @@ def result_of(fitted: Fitted) -> dict:
                   train=len(first.train), scored=len(first.scored), size=list(labelled.size),
                   scored_on="validation (oracle)" if experiment.protocol == "paper" else "test"),
         seeds=list(experiment.seeds), scores=scores, iou=float(means.mean()),
-        interval=bootstrap_interval(means, groups=groups),
+        interval=_interval(bootstrap_interval(means, groups=groups)), units=len(np.unique(groups)),
         per_image=[np.round(values, 5).tolist() for values in per_image], images=[i.tolist() for i in scored],
         trajectory=[labelled.trajectory[i].tolist() for i in scored],
         degenerate=any(is_constant(p) for p in fitted.probability), history=[finite(probe.history) for probe in fitted.probes],
         head_parameters=head_parameters(fitted.probes[0].head), versions=versions())
+
+
+def _interval(ends):
+    "Low and high, or None where there is no interval (JSON knows no NaN)."
+    return None if ends[0] != ends[0] else ends
 
 
 def finite(history: list) -> list:
@@ -559,7 +581,8 @@ def save_probe(
     "Save the first seed's probe with its row."
     folder = Path(folder)
     fitted.probes[0].save(folder)
-    write_json(folder/"experiment.json", record(fitted.experiment) | dict(size=list(fitted.labelled.size)))
+    from vpenc.encoders.taps import weights_digest
+    write_json(folder/"experiment.json", record(fitted.experiment) | dict(size=list(fitted.labelled.size), model=weights_digest(fitted.encoder)))
 
 
 class Predictor:
@@ -569,7 +592,7 @@ class Predictor:
         self,
         folder,  # from `save_probe`
     ):
-        from vpenc.encoders.taps import load_encoder
+        from vpenc.encoders.taps import load_encoder, weights_digest
         from vpenc.probing.probe import Probe
         folder = Path(folder)
         if not (folder/"experiment.json").exists():
@@ -578,6 +601,9 @@ class Predictor:
         self.probe, self.size, self.tuned = Probe.load(folder), tuple(row["size"]), row["finetune"]
         self.threshold = self.probe.threshold
         self.encoder = load_encoder(row["encoder"], weights=row["weights"], value_range=VALUE_RANGE[row["protocol"]])
+        found = weights_digest(self.encoder)
+        if not (self.tuned or row["encoder"].startswith("noise")) and row.get("model", found) != found:  # noise is fitted to its frames
+            raise ValueError(f"{folder}: this probe was fitted to a model of other weights ({row['model']}) than {row['weights']} holds now ({found})")
 
     def __call__(self, frames):
         parts = [frames[indices] for indices in blocks(np.arange(len(frames)))]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import vpenc
-from .experiment import GRIDS, Experiment, ensure_labels
+from .experiment import GRIDS, Experiment, code_of, ensure_labels
 from ..files import atomic, did_you_mean, digest, file_sha256, locked, project_root, progress, read_json
 from .kernels import Forks, run_notebook
 
@@ -171,7 +171,7 @@ def _job(experiment: Experiment, out: Path, cache) -> Job:
     "The job of one row; its files are named after it."
     parameters, contents = experiment.parameters(), [_content(path) for path in experiment.inputs()]
     paths = dict(out=str(out/f"{experiment.name}.json"), cache=str(cache or ""))
-    return Job(experiment, parameters | paths, out, digest(parameters, contents))
+    return Job(experiment, parameters | paths, out, digest(parameters, contents, vpenc.__version__, code_of(experiment)[0]))
 
 
 def _content(path: Path) -> str:

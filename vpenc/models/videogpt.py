@@ -749,6 +749,7 @@ def cache_bytes(
 # %% ../../nbs/2_models/03_videogpt.ipynb #a10989fe
 def draw(logits, temperature=1.0, top_k=None, generator=None, noise=None, uniform=None):
     "One code per row of logits `(B,K)`; with `noise` `(B,K)` the largest of logits + noise, with `uniform` `(B,)` the one at that share."
+    if temperature < 1e-6: return logits.argmax(-1)  # the limit; dividing would overflow
     logits = logits.float() / temperature
     if top_k: logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if noise is not None: return (logits + noise).argmax(-1)

@@ -393,7 +393,7 @@ class PriorHead(Head):
         guess = logits.flatten() > cuts[:, None]  # (60,H*W)
         both = truth.float() @ guess.float().T  # (N,60)
         either = truth.sum(1, keepdim=True) + guess.sum(1) - both
-        best = (both / either.clamp(min=1)).mean(0).argmax()
+        best = torch.where(either > 0, both / either.clamp(min=1), 1.).mean(0).argmax()  # empty on empty is 1
         self.picture = logits - cuts[best]
 
     def read(self, maps): return self.picture.expand(len(maps[0]), -1, -1, -1)

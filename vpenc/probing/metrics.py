@@ -67,7 +67,7 @@ def scores(
     iou = iou_per_image(predicted, masks)
     pixels, labels = torch.from_numpy(probability.ravel()), torch.from_numpy(masks.ravel())
     return dict(
-        iou=float(iou.mean()), iou_pooled=float((predicted & masks).sum() / max((predicted | masks).sum(), 1)),
+        iou=float(iou.mean()), iou_pooled=float((predicted & masks).sum() / (predicted | masks).sum()) if (predicted | masks).any() else 1.,
         dice=float((2 * iou / (1 + iou)).mean()), boundary_f=float(boundary_f(predicted, masks).mean()),
         ap=float(binary_average_precision(pixels, labels.long())) if masks.any() else float("nan"),
         ece=float(binary_calibration_error(pixels, labels.long(), n_bins=15)))
@@ -97,11 +97,12 @@ def bootstrap_interval(
     n=2000,  # bootstrap samples
     seed=0,
 ) -> tuple:
-    "95 % percentile interval (low, high) of the mean, drawing whole trajectories."
+    "95 % percentile interval (low, high) of the mean, drawing whole trajectories; NaN when there is only one: nothing to draw from."
     values = np.asarray(values, dtype=float)
     values = values.mean(0) if values.ndim == 2 else values
     _, group = np.unique(np.arange(len(values)) if groups is None else groups, return_inverse=True)
     totals, counts = np.bincount(group, values), np.bincount(group)
+    if len(counts) < 2: return float("nan"), float("nan")
     drawn = np.random.default_rng(seed).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size=n)  # (n,G)
     low, high = np.percentile((drawn @ totals) / (drawn @ counts), [2.5, 97.5])
     return float(low), float(high)

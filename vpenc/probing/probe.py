@@ -8,7 +8,7 @@ __all__ = ['RECIPES', 'GRID_RECIPES', 'PAPER_RECIPES', 'OPTIMIZERS', 'SCHEDULES'
            'inner_split', 'fit_probe', 'fine_tune', 'layer_groups', 'encode']
 
 # %% ../../nbs/5_probing/04_probe.ipynb #3d55abe0
-import copy, math, re
+import copy, math, re, warnings
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -34,6 +34,8 @@ class Standardizer(nn.Module):
         super().__init__()
         for i, m in enumerate(maps):
             mean, std = m.mean((0, 2, 3), keepdim=True), m.std((0, 2, 3), keepdim=True).clamp(min=1e-5)
+            low, high = m.amin((0, 2, 3), keepdim=True), m.amax((0, 2, 3), keepdim=True)
+            mean, std = torch.where(low == high, low, mean), torch.where(low == high, torch.ones_like(std), std)  # constant: exactly 0
             self.register_buffer(f"mean{i}", torch.zeros_like(mean) if identity else mean)
             self.register_buffer(f"std{i}", torch.ones_like(std) if identity else std)
 
@@ -79,6 +81,9 @@ class Probe:
         features = source if hasattr(source, "as_2d") else None
         if features is None and self.encoder is None:
             raise ValueError("this probe reads features: call its encoder on the frames first")
+        known, given = self.recipe.get("fingerprint"), getattr(features, "fingerprint", "")
+        if self.encoder is None and known and given and known != given:
+            raise ValueError(f"this probe was fitted to features of another encoder ({known}) than these, {features.tap} ({given})")
         parts = []
         for start in range(0, len(source), batch):
             part = slice(start, start + batch)
@@ -190,7 +195,7 @@ def descend(probe, read, count, loss, optimizer, scheduler, batch, generator) ->
     probe.head.train()
     losses, ious, sizes = [], [], []
     for indices in torch.randperm(count, generator=generator).split(batch):
-        if len(indices) == 1 < count: continue  # BatchNorm needs two
+        if len(indices) == 1 < min(count, batch): continue  # a lone rest: BatchNorm needs two
         inputs, masks = read(indices)
         raw = probe.head.read(inputs)
         value = loss(raw, masks)
@@ -223,15 +228,21 @@ def keep_best(probe, epochs, step, validate, patience=None):
     """
     modules = [probe.head] + ([probe.encoder] if probe.encoder is not None else [])
     snapshot = lambda: [copy.deepcopy(module.state_dict()) for module in modules]
-    probe.history, probe.epoch, probe.val_iou, kept = [], 0, validate()["val_iou"], snapshot()
+    start = validate()
+    probe.history, probe.epoch, probe.val_iou, best, kept = [], 0, start["val_iou"], _merit(start), snapshot()
     for epoch in range(1, epochs + 1):
         probe.history.append(step() | validate())
-        if probe.history[-1]["val_iou"] > probe.val_iou:
-            probe.epoch, probe.val_iou, kept = epoch, probe.history[-1]["val_iou"], snapshot()
+        if _merit(probe.history[-1]) > best:
+            probe.epoch, probe.val_iou, best, kept = epoch, probe.history[-1]["val_iou"], _merit(probe.history[-1]), snapshot()
         if patience and epoch - probe.epoch >= patience: break
     for module, state in zip(modules, kept): module.load_state_dict(state)
     probe.head.eval()
     return probe
+
+
+def _merit(record) -> float:
+    "What epochs are chosen by: the validation IoU; minus the loss where no validation mask holds any foreground."
+    return record["val_iou"] if record.get("val_any", True) else -record["val_loss"]
 
 
 def _validation(probe, inputs, masks, loss):
@@ -240,7 +251,8 @@ def _validation(probe, inputs, masks, loss):
     def validate():
         probe.head.eval()
         raw = torch.cat([probe.head.read([m[start:start + 50] for m in inputs]) for start in range(0, len(masks), 50)])
-        return dict(val_loss=float(loss(raw, masks)), val_iou=mean_iou(raw >= probe.raw_cut, masks > 0))
+        record = dict(val_loss=float(loss(raw, masks)), val_iou=mean_iou(raw >= probe.raw_cut, masks > 0))
+        return record if masks.any() else record | dict(val_any=False)
     return validate
 
 # %% ../../nbs/5_probing/04_probe.ipynb #4977a999
@@ -296,12 +308,17 @@ def fit_probe(
                      schedule=schedule or recipe.schedule)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     maps, val_maps = ([m.float().to(device) for m in each.as_2d()] for each in (features, val[0]))
+    for what, each in (("", maps), ("validation ", val_maps)):
+        if not all(m.isfinite().all() for m in each): raise ValueError(f"the {what}features hold NaN or infinite values: nothing can be fitted to them")
+    if not val_targets.any() and targets.any():
+        warnings.warn("no validation mask holds any foreground: the epoch is chosen by validation loss, the threshold stays .5", stacklevel=2)
     standardize = Standardizer(maps, identity=protocol == "paper")
     data = [_arranged(standardize(maps)), targets.to(device), _arranged(standardize(val_maps)), val_targets.to(device)]
     candidates = [_fit_once(head, shapes, data, standardize, recipe, lr, decay, criterion, optimizer, augment, protocol, seed)
                   for lr, decay in product(recipe.lr, recipe.weight_decay)]
-    probe = max(candidates, key=lambda probe: probe.val_iou)  # the first in a tie
-    if protocol == "corrected": probe.threshold = best_threshold(probe.predict(val[0]), np.asarray(val[1], bool))
+    probe = max(candidates, key=lambda probe: probe.val_iou if val_targets.any() else -min([math.inf] + [r["val_loss"] for r in probe.history]))
+    if protocol == "corrected" and val_targets.any(): probe.threshold = best_threshold(probe.predict(val[0]), np.asarray(val[1], bool))
+    probe.recipe["fingerprint"] = features.fingerprint
     return probe
 
 
