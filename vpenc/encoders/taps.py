@@ -30,7 +30,7 @@ from ..models.vqvae import VQVAE
 # %% ../../nbs/4_encoders/01_taps.ipynb #1520299e
 @dataclass
 class FeatureMap:
-    "Features of B frames, float32, with what is needed to know them again."
+    "Features of B frames, float32, with what identifies them."
     values: torch.Tensor  # (B, T, C, H, W)
     stride: tuple  # (t, h, w): frames and pixels from one cell of `values` to the next
     tap: str  # where they were taken, for example 'videogpt:resnet'
@@ -51,9 +51,9 @@ class FeatureMap:
 def weights_digest(
     module: nn.Module,
 ) -> str:
-    "16 hex digits over names and values of all parameters and buffers, the non-persistent ones too."
+    "16 hex digits over the names and values of all parameters and buffers, non-persistent ones included."
     named = list(chain(module.named_parameters(), module.named_buffers()))
-    tensors = [t.float() if t.dtype == torch.bfloat16 else t for _, t in named]  # NumPy knows no bfloat16
+    tensors = [t.float() if t.dtype == torch.bfloat16 else t for _, t in named]  # NumPy has no bfloat16
     return digest([name for name, _ in named], *tensors)
 
 
@@ -67,20 +67,20 @@ def code_digest(
 
 # %% ../../nbs/4_encoders/01_taps.ipynb #2460e63a
 class Frozen(nn.Module):
-    "A module in evaluation mode for good, without gradients unless `trainable` is set."
+    "A module that is always in evaluation mode, without gradients unless `trainable` is set."
     _trainable = False
 
     def train(self, mode=True):
-        "Stay in evaluation mode, whatever is asked."
+        "Stay in evaluation mode, whatever `mode` is."
         return super().train(False)
 
     def learners(self) -> list:
-        "The modules whose weights a gradient of the output reaches."
+        "The modules whose weights receive a gradient from the output."
         return list(self.children())
 
     @property
     def trainable(self) -> bool:
-        "Whether gradients reach the weights. Setting it to True raises ValueError where no gradient can."
+        "Whether gradients reach the weights. Setting it to True raises ValueError where no gradient can reach them."
         return self._trainable
 
     @trainable.setter
@@ -99,10 +99,10 @@ class Frozen(nn.Module):
 
 # %% ../../nbs/4_encoders/01_taps.ipynb #88974d4c
 class Encoder(Frozen):
-    "frames -> FeatureMap. Subclasses write `compute`, and keep their weights, if any, in `model`."
+    "frames -> FeatureMap. Subclasses implement `compute`, and keep their weights, if any, in `model`."
     output = ""  # full name of what is computed, for example 'videogpt:resnet'
     origin = ""  # 'random/' when the weights are random
-    size = None  # picture size (H, W) that the model takes; None: any
+    size = None  # image size (H, W) that the model takes; None: any
     cheap = False  # whether computing is no more expensive than reading from a cache
 
     def __init__(
@@ -128,7 +128,7 @@ class Encoder(Frozen):
             return self.wrap(self.compute(frames), frames, self.output)
 
     def fit(self, frames):
-        "Measure on training frames what the encoder must know about them; nothing, for most. Returns the encoder."
+        "Measure what the encoder needs from training frames; most encoders need nothing. Returns the encoder."
         return self
 
     def draws(self, output) -> bool:
@@ -166,13 +166,13 @@ Encoder.prepare, Encoder.wrap = prepare, wrap
 
 # %% ../../nbs/4_encoders/01_taps.ipynb #e4b33571
 def identity(self: Encoder, output, weights) -> str:
-    "16 hex digits from the digest of the weights and all else that decides what `output` is."
+    "16 hex digits from the digest of the weights and everything else that `output` depends on."
     code = code_digest(type(self).compute, type(getattr(self, "model", None)).__dict__.get("forward"))
     return digest(weights, code, output, self.value_range, self.seed if self.draws(output) else None)
 
 
 def stamp(self: Encoder, output) -> str:
-    "The fingerprint as a feature map carries it: '' in training, else from weights read when they last changed."
+    "The fingerprint for a feature map: '' while trainable, else from the hash of the weights at their last change."
     if self.trainable: return ""
     versions = [(t.data_ptr(), t._version) for t in chain(self.parameters(), self.buffers())]
     if versions != self._known[0]: self._known = versions, weights_digest(self)
@@ -206,12 +206,12 @@ class PixelsEncoder(Encoder):
 
 
 class PositionEncoder(Encoder):
-    "15 products of cosine waves over the picture plane, (B, 1, 15, H, W): no content at all."
+    "15 products of cosine waves over the image plane, (B, 1, 15, H, W), independent of the frame's content."
     output, cheap = "position", True
 
     def compute(self, frames):
         position = lambda n: (torch.arange(n, device=frames.device) + .5) / n * torch.pi  # cell centres, 0..pi
-        wave = torch.arange(4, device=frames.device)[:, None]  # half waves per picture side
+        wave = torch.arange(4, device=frames.device)[:, None]  # half waves per image side
         rows, columns = ((wave * position(n)).cos() for n in frames.shape[-2:])  # (4, H), (4, W)
         waves = (rows[:, None, :, None] * columns[None, :, None, :]).flatten(0, 1)[1:]  # (15, H, W), no constant
         return waves.expand(len(frames), 1, *waves.shape)
@@ -239,7 +239,7 @@ def moments(totals) -> tuple:
 
 # %% ../../nbs/4_encoders/01_taps.ipynb #25300ddd
 class NoiseEncoder(Encoder):
-    "Gaussian noise with the shape and the moments per channel of a reference tap; `fit` measures them."
+    "Gaussian noise with the shape and the per-channel moments of a reference tap; `fit` measures them."
     cheap = True
 
     def __init__(self, tap=None, weights=None, value_range="centered", seed=0):
@@ -274,9 +274,9 @@ class NoiseEncoder(Encoder):
 
 # %% ../../nbs/4_encoders/01_taps.ipynb #9c6dff8c
 class StillPass:
-    "One pass over frames (B, 3, H, W), in the range the model is fed; what is not asked for is not computed."
+    "One pass over frames (B, 3, H, W) in the model's value range; each quantity is computed on first use."
 
-    def __init__(self, model, frames, seed=0, layers=None):  # a VideoGPT or a VQVAE; how many of its blocks are needed
+    def __init__(self, model, frames, seed=0, layers=None):  # VideoGPT or VQVAE; layers: number of blocks needed
         self.gpt, self.vqvae = (model, model.vqvae) if isinstance(model, VideoGPT) else (None, model)
         self.frames, self.seed, self.layers = frames, seed, layers
 
@@ -319,7 +319,7 @@ def sample_codes(
     frames,  # (B, 3, H, W) in the model's value range
     seed=0,
 ):
-    "One draw of codes (B, T', H', W') per frame, decided by the frame's values and `seed`, whatever the batch."
+    "One sample of codes (B, T', H', W') per frame; it depends on the frame's values and `seed`, not on the batch."
     positions, count = math.prod(gpt.latent_shape), gpt.config.n_cond_frames
     numbers = torch.stack([torch.rand(positions, generator=g) for g in frame_generators(frames, seed)], 1)  # (P, B)
     condition = frames[:, :, None].expand(-1, -1, count, -1, -1) if count else None
@@ -441,7 +441,7 @@ class VideoGPTEncoder(TapEncoder):
         if self.output == "vqvae:pre": return [self.vqvae.encoder, self.vqvae.pre_vq_conv]
         if "hidden" in self.output or "entropy" in self.output:
             return [module for name, module in self.model.named_children() if name != "vqvae"]
-        return []  # ids and codebook vectors: nearest-neighbour choices pass no gradient
+        return []  # ids and codebook vectors: no gradient passes the nearest-neighbour lookup
 
     def still_pass(self, frames, outputs): return StillPass(self.model, frames, self.seed, self.blocks(outputs))
 
@@ -459,7 +459,7 @@ def fresh(
     model: nn.Module,
     seed,
 ) -> nn.Module:
-    "The same architecture with new initial weights. ValueError for modules that do not know how to start anew."
+    "The same architecture with new initial weights. ValueError for modules that cannot be reinitialised."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if hasattr(model, "config"): return type(model)(model.config)
@@ -468,7 +468,7 @@ def fresh(
             if hasattr(module, "reset_parameters"): module.reset_parameters()
             elif list(module.parameters(recurse=False)):
                 name = name or type(model).__name__
-                raise ValueError(f"{name} has weights of its own but neither `config` nor reset_parameters()")
+                raise ValueError(f"{name} has weights but neither `config` nor reset_parameters()")
         return model
 
 
@@ -477,7 +477,7 @@ def randomise(
     seed,
 ) -> Encoder:
     "Give an encoder new initial weights; ValueError if it has none."
-    if not hasattr(encoder, "model"): raise ValueError(f"random/{encoder.tap}: there are no weights to draw anew")
+    if not hasattr(encoder, "model"): raise ValueError(f"random/{encoder.tap}: there are no weights to reinitialise")
     encoder.model, encoder.origin = fresh(encoder.model, seed), "random/"
     return encoder
 
@@ -486,11 +486,12 @@ ENCODERS = {
     "videogpt": VideoGPTEncoder,
     "vqvae": VQVAEEncoder,
     "ivideogpt": "vpenc.encoders.ivideogpt.IVideoGPTEncoder",
+    "magvit": "vpenc.encoders.magvit.MagvitEncoder",
     "pixels": PixelsEncoder,
     "position": PositionEncoder,
     "noise": NoiseEncoder,
 }  # name -> class, or where it is (of families that come in later notebooks)
-FAMILIES = {"VideoGPT": "videogpt", "VQVAE": "vqvae", "IVideoGPT": "ivideogpt"}  # class of a model -> name of its encoder
+FAMILIES = {"VideoGPT": "videogpt", "VQVAE": "vqvae", "IVideoGPT": "ivideogpt", "Magvit": "magvit", "MagvitVQ": "magvit"}  # class of a model -> name of its encoder
 
 
 def encoder_class(name) -> type:
@@ -510,7 +511,7 @@ def known_taps(
 
 def tap_names() -> list:
     "Full names of the taps of all families, without layers; loads no model."
-    return [tap for name in FAMILIES.values() for tap in encoder_class(name).TAPS]
+    return [tap for name in dict.fromkeys(FAMILIES.values()) for tap in encoder_class(name).TAPS]
 
 
 def saved_as(path) -> dict:
@@ -557,8 +558,8 @@ def load_encoder(
 ) -> Encoder:
     """A frozen encoder; `encoder(frames)` gives a `FeatureMap`, `encoder.trainable = True` unfreezes it.
 
-    A module that is handed in is copied. A folder written by `Encoder.save_pretrained` brings its own tap, value range and seed;
-    what is given here goes first. ValueError for an unknown name or tap, with the nearest ones.
+    A module is copied. A folder written by `Encoder.save_pretrained` holds its tap, value range and seed; arguments given
+    here override them. ValueError for an unknown name or tap, with the nearest known ones.
     """
     given = {name: value for name, value in dict(value_range=value_range, seed=seed).items() if value is not None}
     encoder = build(name, tap, weights, **given)

@@ -7,7 +7,7 @@ __all__ = ['STORAGES', 'LEGACY_MAGIC', 'LISTED', 'MODELS', 'GUESTS', 'HUB_FILES'
            'SafeUnpickler', 'LightningFile', 'is_mask', 'vote', 'count', 'argument', 'vqvae_config', 'halvings',
            'clip_side', 'videogpt_config', 'resnet_sizes', 'fill', 'read_original', 'build_original', 'model_kind',
            'model_files', 'save_pretrained', 'read_folder', 'model_homes', 'list_models', 'from_hub', 'find_model',
-           'from_pretrained', 'load_videogpt', 'load_vqvae', 'push_to_hub', 'attach', 'convert']
+           'from_pretrained', 'load_videogpt', 'load_vqvae', 'load_magvit', 'push_to_hub', 'attach', 'convert']
 
 # %% ../../nbs/2_models/04_checkpoints.ipynb #1a3edb4e
 import json
@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..data.video import VALUE_RANGES
 from ..files import atomic, did_you_mean, file_sha256, read_json, write_json
 from .videogpt import VideoGPT, VideoGPTConfig
 from .vqvae import VQVAE, VQVAEConfig
@@ -331,6 +332,8 @@ def build_original(file, kind=None):
 MODELS = {
     "VQVAE": ("vpenc.models.vqvae", "VQVAEConfig"),
     "VideoGPT": ("vpenc.models.videogpt", "VideoGPTConfig"),
+    "MagvitVQ": ("vpenc.models.magvit_vq", "MagvitVQConfig"),
+    "Magvit": ("vpenc.models.magvit", "MagvitConfig"),
 }  # class -> its module and its configuration; a model of another kind needs one line here
 GUESTS = {
     "IVideoGPT": ("vpenc.models.ivideogpt", "load_ivideogpt", "save_ivideogpt"),
@@ -440,12 +443,15 @@ def find_model(path_or_name):
 
 # %% ../../nbs/2_models/04_checkpoints.ipynb #e8bde525
 def from_pretrained(path_or_name, kind=None):
-    "Model from a folder, name, Hub repository, or original `.ckpt`; eval mode, frozen. `kind`: the class it must be; 'VQVAE' takes that of a VideoGPT."
+    """Model from a folder, name, Hub repository, or original `.ckpt`; eval mode, frozen.
+
+    `kind`: the class that it must have, or that a part of it has: 'VQVAE' finds that of a VideoGPT, 'MagvitVQ' that of a Magvit.
+    """
     path = find_model(path_or_name)
     model = read_folder(path) if path.is_dir() else read_original(path, kind)
-    if kind == "VQVAE" and type(model).__name__ == "VideoGPT": return model.vqvae
-    if kind and type(model).__name__ != kind: raise ValueError(f"{path}: a {kind} expected; it holds a {type(model).__name__}")
-    return model
+    for part in (model, *model.children()):
+        if kind in (None, type(part).__name__): return part
+    raise ValueError(f"{path}: a {kind} expected; it holds a {type(model).__name__}")
 
 
 def load_videogpt(path_or_name) -> VideoGPT:
@@ -456,6 +462,11 @@ def load_videogpt(path_or_name) -> VideoGPT:
 def load_vqvae(path_or_name) -> VQVAE:
     "VQ-VAE, from the same sources; of a VideoGPT, the one inside it."
     return from_pretrained(path_or_name, "VQVAE")
+
+
+def load_magvit(path_or_name):
+    "`vpenc.models.magvit.Magvit` (tokenizer and transformer), from a folder or a name; eval mode, frozen."
+    return from_pretrained(path_or_name, "Magvit")
 
 
 def push_to_hub(folder, repository, private=True):
@@ -502,8 +513,8 @@ def convert(
     for name, value in asdict(model.config).items(): print(f"{name:15} {value}")
     total = sum(p.numel() for p in model.parameters())
     print(f"{'parameters':15} {total:,}")
-    kind = type(model).__name__
+    kind, (low, high) = type(model).__name__, VALUE_RANGES[getattr(model, "value_range", "centered")]
     card = (f"---\nlibrary_name: vpenc\n---\n# {Path(folder).name}\n\n{kind}, {total:,} parameters in {dtype}, converted from "
             f"`{path.name}`{f' (SHA-256 {file_sha256(path)})' if path.is_file() else ''}.\n\n"
-            f"Load it with `vpenc.models.checkpoints.from_pretrained(folder)`; input: frames in [-0.5, 0.5].\n")
+            f"Load it with `vpenc.models.checkpoints.from_pretrained(folder)`; input: frames in [{low}, {high}].\n")
     return save_pretrained(model, folder, card, DTYPES[dtype])
