@@ -46,16 +46,16 @@ def test_encoder(original):
     context, future = clip.tensor_split([model.context_length], 1)
     with torch.no_grad():
         latents, features = model.tokenizer.latents(context.flatten(0, 1))
-        dynamics, _ = model.tokenizer.cond_encoder(future.flatten(0, 1), features)
-        changes = model.tokenizer.changes(future, features)
+        maps, _ = model.tokenizer.cond_encoder(future.flatten(0, 1), features)
+        dynamics = model.tokenizer.dynamics(future, features)
     sums = torch.stack([torch.stack([f.double().sum(), f.double().abs().sum()]) for f in features])
     torch.testing.assert_close(sums, wanted["feature_sums"], rtol=1e-5, atol=1e-3)
     close(features[0][0, :4], wanted["feature0_head"])
     close(features[2][:1], wanted["feature2"])
     close(features[4][:1], wanted["feature_mid"])
     close(latents, wanted["latents"])
-    close(dynamics[:2], wanted["dynamics_map"])
-    close(changes.flatten(0, 1).flatten(1, 2), wanted["dynamics_latents"])
+    close(maps[:2], wanted["dynamics_map"])
+    close(dynamics.flatten(0, 1).flatten(1, 2), wanted["dynamics_latents"])
 
 
 def test_tokens(original):
@@ -71,8 +71,8 @@ def test_tokens(original):
 def test_reconstruction(original):
     model, wanted, _, ids = original
     with torch.no_grad():
-        codes, changes = model.grids(ids)
-        shown = model.tokenizer.decode(codes, changes - model.config.tokenizer.num_vq_embeddings)
+        codes, dynamics = model.grids(ids)
+        shown = model.tokenizer.decode(codes, dynamics - model.config.tokenizer.num_vq_embeddings)
     close(shown[0, :2], wanted["reconstruction_first"], 1e-5)
     torch.testing.assert_close(shown, wanted["reconstruction"].float(), atol=1e-4, rtol=1e-3)  # kept in half precision
     close(model.detokenize(ids)[0, :2], wanted["reconstruction_first"].clamp(0, 1), 1e-5)

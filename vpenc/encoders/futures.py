@@ -153,7 +153,7 @@ class VideoGPTFutures:
 
 
 class IVideoGPTFutures:
-    "An iVideoGPT likewise; codes (b,L), the context's among them, of clips of `length` frames: 16 in the original's evaluation (`inference/predict.py`)."
+    "The same of an iVideoGPT; codes (b,L), those of the context included, of clips of `length` frames (16: the original's `inference/predict.py`)."
     axes, value_range = 1, "unit"
 
     def __init__(self, model: IVideoGPT, length=16):
@@ -174,8 +174,8 @@ class IVideoGPTFutures:
     def encode(self, video): return self.model.tokenize(self.condition(video))
 
     def predictions(self, codes, condition):
-        "Logits (b,F,p,p,V) of each change, and the changes that came (b,F,p,p)."
-        before = self.model.logits(codes).roll(1, 1)  # at each place what was said of it
+        "Logits (b,F,p,p,V) of each dynamics code, and the codes that came (b,F,p,p)."
+        before = self.model.logits(codes).roll(1, 1)  # the prediction of each token, which is made at the one before
         return self.model.grids(before)[1], self.model.grids(codes)[1]
 
 
@@ -310,7 +310,7 @@ def next_code_bits(
     frames,  # (B,...) as for condition_of
     codes,  # int64 (B,n,...): n sequences for each frame
     batch=8,  # sequences at a time
-) -> tuple:  # two float32 (B,n,T',H',W'), bits; of an iVideoGPT (B,n,F,p,p), of its changes alone
+) -> tuple:  # two float32 (B,n,T',H',W'), bits; of an iVideoGPT (B,n,F,p,p), of its dynamics codes
     "Entropy of the model's prediction of each code from those before it, and the cost of the code that came."
     asked, condition = futures_of(model), condition_of(model, frames).repeat_interleave(codes.shape[1], 0)
     entropy, cost = [], []
