@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from vpenc.training.pretrain import configure, pretrain
+from vpenc.training.config import configure
+from vpenc.training.pretrain import pretrain
 from vpenc.training.loop import Log, Stopped, read_log
 from vpenc.data.video import write_clips
 

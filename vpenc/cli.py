@@ -122,7 +122,8 @@ def draw_overlays(labels, sheet: Path, folder=None) -> Path:
 # %% ../nbs/81_cli.ipynb #65d6b47e
 def pretrain(args):
     "`vpenc pretrain`: a video prediction model from clips; resumes when it was interrupted."
-    from vpenc.training.pretrain import configure, pretrain
+    from vpenc.training.config import configure
+    from vpenc.training.pretrain import pretrain
     changes, data = dict(map(assignment, args.set)), args.data
     configure(args.preset, **changes)  # complains before clips are simulated
     if data == "sim":
