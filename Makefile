@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 OUT    ?= outputs/table1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: table1 test test-browser check lab install dev reference clean help
+.PHONY: table1 test test-browser docs check lab install dev reference clean help
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,12 +33,13 @@ table1: install  ## data, every row of Table 1 and its floors, the table (a seco
 lab: install  ## JupyterLab in nbs/analysis
 	cd nbs/analysis && ../../$(BIN)/jupyter lab
 
-check: dev  ## notebooks and library in step, notebooks clean, README made from nbs/index.ipynb
+check: dev  ## notebooks and library in step, README made from nbs/index.ipynb, import rules, ruff
 	$(BIN)/nbdev_export
 	@mkdir -p vpenc/notebooks && cp nbs/analysis/ablation.ipynb nbs/analysis/results.ipynb nbs/analysis/futures.ipynb nbs/analysis/latents.ipynb vpenc/notebooks/
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python tools/readme.py
 	$(BIN)/nbdev_clean
 	$(BIN)/python tools/house.py
+	$(BIN)/ruff check .
 	git diff --exit-code --stat
 
 test: dev check  ## sync, library notebooks, tests/
@@ -51,6 +52,13 @@ $(BIN)/.browser: $(BIN)/.dev
 
 test-browser: $(BIN)/.browser  ## notebooks in JupyterLab and Chromium (from the system; skipped without), pictures in outputs/browser
 	$(BIN)/python -m pytest tests/browser -rs
+
+$(BIN)/.docs: $(BIN)/.dev
+	$(BIN)/python -m pip install -q -e '.[docs]' -c constraints.txt
+	@touch $@
+
+docs: $(BIN)/.docs  ## the documentation in _docs/site, links checked; RUN=1 runs the library notebooks, to show what they draw
+	$(BIN)/python tools/docs.py $(if $(RUN),--run)
 
 reference: install  ## publish the last `make table1` in outputs/reference, for the README
 	$(BIN)/python tools/reference.py $(OUT)

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from .data.video import ClipStore as ClipStore
     from .encoders.taps import load_encoder as load_encoder
     from .experiments.experiment import Experiment as Experiment
-    from .models.checkpoints import load_videogpt as load_videogpt, load_vqvae as load_vqvae
+    from .models.checkpoints import load_magvit as load_magvit, load_videogpt as load_videogpt, load_vqvae as load_vqvae
     from .probing.probe import fit_probe as fit_probe
     from .views.explore import explore as explore
     from .views.label import label as label
 
 _HOME = {  # public name -> the module that defines it
     "load_encoder": "encoders.taps", "load_videogpt": "models.checkpoints", "load_vqvae": "models.checkpoints",
-    "fit_probe": "probing.probe", "Experiment": "experiments.experiment", "simulate": "data.sim",
+    "load_magvit": "models.checkpoints", "fit_probe": "probing.probe", "Experiment": "experiments.experiment", "simulate": "data.sim",
     "LabelledFrames": "data.masks", "ClipStore": "data.video", "explore": "views.explore", "label": "views.label",
 }
 __all__ = [*_HOME]

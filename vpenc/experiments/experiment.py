@@ -34,9 +34,9 @@ def check_encoder(
     name: str,  # as `vpenc.encoders.taps.load_encoder` takes it
 ):
     "ValueError with near names when no encoder is called so; loads no weights."
-    from vpenc.encoders.taps import ENCODERS, VIDEOGPT_TAPS
+    from vpenc.encoders.taps import ENCODERS, tap_names
     plain = re.sub(r"\[-?\d+\]$", "", name.removeprefix("random/").removeprefix("noise:"))  # hidden[2] -> hidden
-    known = [*ENCODERS, *VIDEOGPT_TAPS]
+    known = [*ENCODERS, *tap_names()]
     if plain not in known and not Path(plain).exists():
         raise ValueError(f"encoder: unknown {name!r}{did_you_mean(plain, known)}")
 
@@ -217,11 +217,10 @@ def ensure_labels(experiment: Experiment) -> Path:
 
 def _inputs(self) -> list[Path]:
     "The files whose content decides the result: labelled frames first, then the weights."
-    from vpenc.models.checkpoints import find_model
+    from vpenc.models.checkpoints import find_model, model_files
     labelled = Path(self.data) if self.data else labels_path(self.domain)
     if self.encoder in ("pixels", "position"): return [labelled]
-    model = find_model(self.weights)
-    return [labelled, model/"config.json" if model.is_dir() else model]  # the config holds the hash of the weights
+    return [labelled, *model_files(find_model(self.weights))]
 
 
 def _features(self) -> tuple:
@@ -233,7 +232,9 @@ def _cost(self) -> float:
     "A coarse guess of the seconds a row takes; only the order matters."
     paper = self.protocol == "paper"
     scored, tap = 50 if paper else self.test or 500, re.search(r"codes|hidden|entropy|resnet|embed|pre|$", self.encoder)[0]
-    extraction = (200 + scored) * dict(codes=.33, hidden=.08, entropy=.1).get(tap, .02)
+    frame = dict(codes=.33, hidden=.08, entropy=.1).get(tap, .02)
+    if "ivideogpt:" in self.encoder: frame = 1.3 if re.search("hidden|next|entropy", self.encoder) else .3
+    extraction = (200 + scored) * frame
     fit = dict(unet=12, attention=9, heavy=7, light=5, linear=5).get(self.head, 3) * (2 if paper and self.head in ("unet", "light") else 1)
     tuning = (20 * (self.epochs or 1) + .02 * scored) if self.finetune else 0
     return extraction + (fit + tuning) * len(self.seeds)

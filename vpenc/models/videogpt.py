@@ -7,11 +7,11 @@ __all__ = ['BLOCK', 'LOCAL', 'GELU_SLOPE', 'BUCKET', 'VideoGPTConfig', 'block_gr
            'SparseBlocks', 'sparse_blocks', 'block_positions', 'ChannelNorm', 'NormReLU', 'ResidualBlock', 'Stage',
            'ResNet', 'take_middle_slices', 'PositionEmbedding', 'LayerNorm', 'GELU', 'MLP', 'attend', 'attend_sparse',
            'MultiHeadAttention', 'flex_mask', 'attend_flex', 'flex_compiles', 'AttentionBlock', 'RightShift',
-           'AttentionStack', 'VideoGPT', 'drop_masks', 'Thin', 'DecoderLayer', 'keys_first', 'attend_one', 'Decoder',
-           'cache_bytes', 'draw', 'sample']
+           'AttentionStack', 'VideoGPT', 'drop_masks', 'captured', 'cross_attention', 'mass_at_own_position', 'Thin',
+           'DecoderLayer', 'keys_first', 'attend_one', 'Decoder', 'cache_bytes', 'draw', 'sample']
 
 # %% ../../nbs/2_models/03_videogpt.ipynb #82e79d39
-import math
+import contextlib, math
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import NamedTuple
@@ -497,6 +497,46 @@ class VideoGPT(nn.Module):
 def drop_masks(module, state_dict, prefix, *_):
     "Original full-attention checkpoints carry a (S,S) causal mask per layer; it is not needed."
     for name in [name for name in state_dict if name.endswith(".attn.attn.mask")]: del state_dict[name]
+
+# %% ../../nbs/2_models/03_videogpt.ipynb #2ee3bcfe
+@contextlib.contextmanager
+def captured(*modules):
+    "Collect the outputs of `modules` while the block runs: a list of lists, one for each module."
+    outputs = [[] for _ in modules]
+    hooks = [m.register_forward_hook(lambda m, i, o, out=out: out.append(o)) for m, out in zip(modules, outputs)]
+    try: yield outputs
+    finally:
+        for hook in hooks: hook.remove()
+
+
+@torch.no_grad()
+def cross_attention(
+    gpt: VideoGPT,
+    codes: torch.Tensor,  # (B, T', H', W')
+    frames: torch.Tensor,  # (B, 3, H, W) centred
+    layer: int = 0,
+) -> torch.Tensor:  # (heads, T'*H'*W', cells), rows sum to 1
+    "Attention of every token of the first clip to the cells of the conditioning frame."
+    attention = gpt.attn_stack.attn_nets[layer].enc_attn
+    with captured(attention.w_qs, attention.w_ks) as (queries, keys): gpt.hidden(codes[:1], frames[:1])
+    split = lambda x: x[0].flatten(0, -2).unflatten(-1, (gpt.config.heads, -1)).movedim(1, 0)  # (heads, N, d)
+    query, key = split(queries[0]), split(keys[0])
+    return torch.softmax(query @ key.mT / query.shape[-1]**.5, -1)
+
+
+def mass_at_own_position(
+    attention: torch.Tensor,  # (heads, T'*H'*W', h*w)
+    latent_shape: tuple,  # (T', H', W')
+    cells: tuple = (16, 16),  # (h, w)
+) -> float:
+    "Share of attention within one cell of the token's own position, mean over heads and tokens."
+    t, *grid = latent_shape
+    near = torch.ones(1)
+    for n, c in zip(grid, cells):  # (H', h), then (W', w)
+        at = (torch.arange(n) + .5) * c / n - .5
+        axis = ((at[:, None] - torch.arange(c)).abs() <= 1).float()
+        near = torch.kron(near, axis) if near.dim() > 1 else axis
+    return (attention * near.repeat(t, 1).to(attention)).sum(-1).mean().item()  # near: (H'*W', h*w)
 
 # %% ../../nbs/2_models/03_videogpt.ipynb #43d2d922
 class Thin:

@@ -19,7 +19,7 @@ from ..files import did_you_mean
 
 # %% ../../nbs/5_probing/01_heads.ipynb #2276d7cb
 class Head(nn.Module):
-    "Reads mask logits (B,1,H,W) from feature maps [(B,C,h,w), ...], coarsest first."
+    "Maps feature maps [(B,C,h,w), ...], coarsest first, to mask logits (B,1,H,W)."
 
     probability = False  # True when `forward` returns probabilities (the quirk of the paper's U-Net)
     drawn = True  # whether initial weights or the order of training frames depend on the seed
@@ -33,12 +33,12 @@ class Head(nn.Module):
         self.shapes, self.size = [tuple(shape) for shape in shapes], tuple(size)
 
     def prepare(self, maps, masks):
-        "Look at the training set once, before training: maps as in `forward`, masks (N,H,W) in {0,1}."
+        "Read the training set once, before training: maps as in `forward`, masks (N,H,W) in {0,1}."
         last = self.last_layer()
         if last is not None: nn.init.constant_(last.bias, float(masks.float().mean().clamp(1e-3, 1 - 1e-3).logit()))
 
     def last_layer(self):
-        "The layer whose outputs are the logits, to start at the odds of the foreground; None: start at one half."
+        "The layer whose outputs are the logits; its bias starts at the log odds of the foreground. None: start at one half."
 
     def project(self, maps):
         "The part of `forward` that has no trained weights."
@@ -54,7 +54,7 @@ class Head(nn.Module):
 def head_parameters(
     head: nn.Module,  # any head
 ) -> int:
-    "How many numbers the head learns: its capacity, to be printed beside its score."
+    "Number of trained parameters of the head: its capacity, printed beside its score."
     return getattr(head, "dense_parameters", None) or sum(p.numel() for p in head.parameters())
 
 # %% ../../nbs/5_probing/01_heads.ipynb #eb6dfef2
@@ -85,7 +85,7 @@ class LinearHead(Head):
         self.set_rank(rank)
 
     def set_rank(self, rank):
-        "Make room for a basis of `rank` directions; the weights start at zero."
+        "Allocate a basis of `rank` directions; the weights start at zero."
         self.rank = rank
         self.register_buffer("basis", torch.zeros(rank, self.width))
         self.weight = nn.Parameter(torch.zeros(math.prod(self.size), rank))
@@ -108,12 +108,12 @@ class LinearHead(Head):
     def read(self, maps): return F.linear(maps[0], self.weight, self.bias).view(-1, 1, *self.size)
 
     def dense_weight(self):
-        "The (H*W, d) matrix this stands for (a gigabyte on the paper's latent)."
+        "The equivalent dense matrix (H*W, d) (a gigabyte on the paper's latent)."
         return self.weight @ self.basis
 
 # %% ../../nbs/5_probing/01_heads.ipynb #dd02a836
 class LocalLinearHead(Head):
-    "One convolution a level at its own resolution, bilinear upsampling, summed: logits (B,1,H,W)."
+    "One convolution per level at its own resolution, bilinear upsampling, summed: logits (B,1,H,W)."
 
     kernel = 1
 
@@ -143,7 +143,7 @@ def resize(maps, size):
 
 # %% ../../nbs/5_probing/01_heads.ipynb #48e007ef
 def double(x, step):
-    "What a 2x2 transposed convolution of stride 2 does, as the matrix product it is: with backward 1.4 times as fast on a CPU."
+    "A 2x2 transposed convolution of stride 2 as a matrix product: forward and backward are 1.4 times as fast on a CPU."
     batch, channels, height, width = x.shape
     weight = step.weight.permute(2, 3, 1, 0).reshape(-1, channels)  # (2*2*C',C)
     parts = F.linear(x.permute(0, 2, 3, 1), weight, step.bias.repeat(4)).view(batch, height, width, 2, 2, -1)
@@ -151,12 +151,12 @@ def double(x, step):
 
 
 class WayUp(nn.Module):
-    "Doubles (B,C,h,w) until it covers `size`, adding finer levels on the way; returns logits (B,1,H,W)."
+    "Doubles (B,C,h,w) until it covers `size`, and adds the finer levels; returns logits (B,1,H,W)."
 
     def __init__(
         self,
         channels,  # C of the map it starts from
-        shapes,  # [(C,h,w), ...]: where it starts, then the finer levels
+        shapes,  # [(C,h,w), ...]: the starting map, then the finer levels
         size,  # (H,W) of the mask
     ):
         super().__init__()
@@ -228,7 +228,7 @@ class LightHead(Head):
         he_init(self.linear)
 
     def last_layer(self):
-        if self.final_relu: return None  # a negative start would be the end: no gradient passes the ReLU
+        if self.final_relu: return None  # no gradient passes the ReLU from a negative start
         return self.up[-1] if is_grid(self.shapes) else self.up.logit
 
     def read(self, maps):
@@ -257,7 +257,7 @@ class AttentionHead(Head):
         self.out = nn.Linear(width, width)
         self.up = WayUp(width, self.shapes, self.size)
         for layer in (self.qkv, self.out): nn.init.normal_(layer.weight, std=width**-.5)
-        if residual: nn.init.zeros_(self.out.weight)  # starts as a convolutional head, then learns to look around
+        if residual: nn.init.zeros_(self.out.weight)  # starts as a convolutional head, then learns to attend
 
     def last_layer(self): return self.up.logit
 
@@ -267,7 +267,7 @@ class AttentionHead(Head):
         tokens = x.flatten(2).transpose(1, 2)  # (B,h*w,C)
         split = self.qkv(tokens).view(batch, -1, 3, self.heads, channels // self.heads)
         query, key, value = F.pad(split, (0, -split.shape[-1] % 8)).permute(2, 0, 3, 1, 4)  # each (B,heads,h*w,C/heads) and zeros:
-        mixed = F.scaled_dot_product_attention(query, key, value, scale=split.shape[-1]**-.5)  # CPUs like multiples of 8
+        mixed = F.scaled_dot_product_attention(query, key, value, scale=split.shape[-1]**-.5)  # multiples of 8 are faster on a CPU
         mixed = mixed[..., :split.shape[-1]].transpose(1, 2).flatten(2)  # (B,h*w,C)
         mixed = self.out(mixed).transpose(1, 2).reshape(batch, channels, height, width)
         return self.up(F.relu(x + mixed if self.residual else mixed), maps[1:])
@@ -287,7 +287,7 @@ class UNet(nn.Module):
     def __init__(
         self,
         channels=3,  # input channels
-        base=32,  # features of the first level; each of the four levels below has twice as many
+        base=32,  # features of the first level; doubled at each of the four levels below
     ):
         super().__init__()
         widths = [base * 2**k for k in range(5)]
@@ -385,7 +385,7 @@ class PriorHead(Head):
         self.register_buffer("picture", torch.zeros(1, 1, *size))
 
     def prepare(self, maps, masks):
-        "Average and blur the masks, then move the cut with the best training IoU to a probability of one half."
+        "Average and blur the masks, then shift the threshold with the best training IoU to a probability of one half."
         mean = gaussian_blur(masks.float().mean(0)[None, None], self.blur)
         logits = mean.clamp(1e-4, 1 - 1e-4).logit()
         cuts = logits.flatten().quantile(torch.linspace(.5, .999, 60, device=logits.device))
@@ -414,7 +414,7 @@ def gaussian_blur(
 HEADS = dict(linear=LinearHead, linear1x1=LocalLinearHead, linear7x7=LocalLinear7Head, light=LightHead, heavy=HeavyHead,
              attention=AttentionHead, unet=UNetHead, all=AllHead, prior=PriorHead)
 PAPER_QUIRKS = dict(light=dict(final_relu=True), attention=dict(residual=False),
-                    unet=dict(final_sigmoid=True))  # what the published code's heads do differently
+                    unet=dict(final_sigmoid=True))  # differences of the published code's heads
 
 
 def map_shapes(
@@ -429,10 +429,10 @@ def map_shapes(
 
 def make_head(
     name: str,  # a name in HEADS
-    features,  # the FeatureMap it will read, or a list of (B,C,h,w) maps
+    features,  # the FeatureMap to read, or a list of (B,C,h,w) maps
     size=(64, 64),  # (H,W) of the masks
     **options,  # the head's own options, for instance base=16
 ) -> Head:
-    "A new head whose shapes fit the features. Its initial weights come from torch's global generator."
+    "A new head that fits the features. Its initial weights come from torch's global generator."
     if name not in HEADS: raise ValueError(f"unknown head {name!r}{did_you_mean(name, HEADS)}")
     return HEADS[name](map_shapes(features), tuple(size), **options)

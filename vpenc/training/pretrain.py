@@ -7,9 +7,9 @@ __all__ = ['STAGES', 'PER_STAGE', 'PRESETS', 'PART', 'BASELINES', 'HELD_OUT', 'P
            'jitter_colors', 'Clips', 'draw_latents', 'LearningCodebook', 'psnr', 'validate_vqvae', 'plot_log',
            'train_vqvae', 'draw_reconstructions', 'film_strips', 'Codes', 'encode_clips', 'code_loss', 'ridge_r2',
            'mask_readout_r2', 'ParallelHead', 'CodeData', 'centred_frames', 'parallel_stage', 'validate_codes',
-           'has_masks', 'position_sinusoid', 'align_start', 'share_projection', 'captured', 'cross_attention',
-           'mass_at_own_position', 'gpt_stage', 'draw_futures', 'train_videogpt', 'pretrain', 'claim_folder',
-           'code_bits', 'model_card', 'held_out', 'same_codes', 'heritage', 'export_model', 'compare_precisions']
+           'has_masks', 'position_sinusoid', 'align_start', 'share_projection', 'gpt_stage', 'draw_futures',
+           'train_videogpt', 'pretrain', 'claim_folder', 'code_bits', 'model_card', 'held_out', 'same_codes',
+           'heritage', 'export_model', 'compare_precisions']
 
 # %% ../../nbs/3_training/03_pretrain.ipynb #d069859f
 import ast, contextlib, hashlib, io, json, math, os, shutil, types
@@ -30,7 +30,7 @@ from ..data.shards import open_clips
 from .loop import (PRECISIONS, Log, Plan, Stage, Stop, Team, mixed_precision, processes, read_ahead, read_log, run_stage, seeded,
                             share_batch_norm, sum_over_processes, usual_workers, write_log)
 from ..data.video import ClipStore, as_clip, to_uint8
-from ..models.videogpt import VideoGPT, VideoGPTConfig, flex_compiles
+from ..models.videogpt import VideoGPT, VideoGPTConfig, cross_attention, flex_compiles, mass_at_own_position
 from ..models.vqvae import VQVAE, Codebook, VQVAEConfig, random_latents
 
 # %% ../../nbs/3_training/03_pretrain.ipynb #5478b61b
@@ -595,46 +595,6 @@ def share_projection(query, key, heads, shared, generator):
             for weight in (query, key):
                 first = axis * (weight.shape[1] // 3)
                 weight[rows, first:first + shared] += projection
-
-# %% ../../nbs/3_training/03_pretrain.ipynb #2ee3bcfe
-@contextlib.contextmanager
-def captured(*modules):
-    "Collect the outputs of `modules` while the block runs: a list of lists, one for each module."
-    outputs = [[] for _ in modules]
-    hooks = [m.register_forward_hook(lambda m, i, o, out=out: out.append(o)) for m, out in zip(modules, outputs)]
-    try: yield outputs
-    finally:
-        for hook in hooks: hook.remove()
-
-
-@torch.no_grad()
-def cross_attention(
-    gpt: VideoGPT,
-    codes: torch.Tensor,  # (B, T', H', W')
-    frames: torch.Tensor,  # (B, 3, H, W) centred
-    layer: int = 0,
-) -> torch.Tensor:  # (heads, T'*H'*W', cells), rows sum to 1
-    "Attention of every token of the first clip to the cells of the conditioning frame."
-    attention = gpt.attn_stack.attn_nets[layer].enc_attn
-    with captured(attention.w_qs, attention.w_ks) as (queries, keys): gpt.hidden(codes[:1], frames[:1])
-    split = lambda x: x[0].flatten(0, -2).unflatten(-1, (gpt.config.heads, -1)).movedim(1, 0)  # (heads, N, d)
-    query, key = split(queries[0]), split(keys[0])
-    return torch.softmax(query @ key.mT / query.shape[-1]**.5, -1)
-
-
-def mass_at_own_position(
-    attention: torch.Tensor,  # (heads, T'*H'*W', h*w)
-    latent_shape: tuple,  # (T', H', W')
-    cells: tuple = (16, 16),  # (h, w)
-) -> float:
-    "Share of attention within one cell of the token's own position, mean over heads and tokens."
-    t, *grid = latent_shape
-    near = torch.ones(1)
-    for n, c in zip(grid, cells):  # (H', h), then (W', w)
-        at = (torch.arange(n) + .5) * c / n - .5
-        axis = ((at[:, None] - torch.arange(c)).abs() <= 1).float()
-        near = torch.kron(near, axis) if near.dim() > 1 else axis
-    return (attention * near.repeat(t, 1).to(attention)).sum(-1).mean().item()  # near: (H'*W', h*w)
 
 # %% ../../nbs/3_training/03_pretrain.ipynb #377add7b
 def gpt_stage(
