@@ -256,12 +256,12 @@ def _step(self, index, source, target) -> bool:
 
 
 def _undo(self: LabelSession, index) -> bool:
-    "Take back the last change of a frame; False when there is none."
+    "Undo the last change of a frame; False when there is none."
     return _step(self, index, self._past, self._future)
 
 
 def _redo(self: LabelSession, index) -> bool:
-    "Make a change again that was taken back; False when there is none."
+    "Repeat a change that was undone; False when there is none."
     return _step(self, index, self._future, self._past)
 
 
