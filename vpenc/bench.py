@@ -11,7 +11,6 @@ __all__ = ['LONG', 'POSITIONS', 'WORKS', 'moved', 'padded_conv', 'plain_attentio
 # %% ../nbs/80_bench.ipynb #2289a913
 import copy, math, os, platform, statistics, time
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -400,7 +399,7 @@ def bench(
         limits = machine_limits() if device == "cpu" else {}
         for name in progress(only or [n for n in WORKS if n != "bf16"], desc="bench"): rows += WORKS[name](models, repeats, device)
     finally: torch.set_num_threads(before)
-    config = (gpt := models("sparse")[0]).config
+    config = models("sparse")[0].config
     memory = {f"{kind}, {str(dtype)[6:]}": cache_bytes(type(config)(**{**vars(config), "attn_type": kind}), 1, dtype)
               for kind in ("full", "sparse") for dtype in (torch.float32, torch.bfloat16)}
     return dict(machine=machine(device), threads=threads, device=device, quick=quick, repeats=repeats, cache_bytes=memory, limits=limits, rows=rows)
