@@ -42,7 +42,7 @@ def data_bair(args):
 
 
 def data_videos(args):
-    "`vpenc data videos`: whatever videos are in a folder."
+    "`vpenc data videos`: all videos in a folder."
     from vpenc.data.ingest import convert_videos
     _converted(Path(args.out), convert_videos, args.source, size=args.size, test_share=args.test_share, jobs=args.jobs)
 
@@ -71,7 +71,7 @@ def data_masks(args):
         found = ", ".join(f"{name} {count}" for name, count in category_counts(coco_files(source)).items())
         print(f"annotations found: {found}" + f"; the object is {' or '.join(args.category)}" * bool(args.category))
     if kind != "hdf5" and not args.trajectory and len(set(labels.trajectory.tolist())) == len(labels):
-        print(r"each frame counts as a video of its own; if some are neighbours, say how to tell: --trajectory 'traj_(\d+)'")
+        print(r"each frame counts as a separate video; if several come from one video, name it with --trajectory 'traj_(\d+)'")
     missing = [part for part in ("train", "val", "test") if part not in labels.counts]
     if missing: print(f"experiments need train, val and test, there is no {' and no '.join(missing)}: use --split {DRAWN}")
     print(f"{draw_overlays(labels, out.with_suffix('.png'), args.overlays)}: look at it")
@@ -230,7 +230,7 @@ def futures(args):
 
 # %% ../nbs/81_cli.ipynb #6fb124e7
 def info(args):
-    "`vpenc info`: what to say when asking for help."
+    "`vpenc info`: versions, models and data, for a question or a bug report."
     import platform
     from importlib.metadata import PackageNotFoundError, version
     from vpenc.models.checkpoints import model_homes
@@ -275,13 +275,13 @@ def parser() -> argparse.ArgumentParser:
     masks.add_argument("--format", default="auto", choices=("auto", "coco", "png", "hdf5"), help="(default: auto)")
     masks.add_argument("--images", metavar="DIR", help="COCO: the pictures, when they are not beside the JSON")
     masks.add_argument("--category", nargs="+", default=[], action="extend", metavar="NAME",
-                       help="what is the object: category names; numbers in PNG masks (several are united)")
+                       help="the object: category names, or numbers in PNG masks (several are united)")
     masks.add_argument("--size", type=int, default=64, metavar="N", help="height and width (default: 64)")
     masks.add_argument("--trajectory", metavar="REGEX", help=r"finds the video in a picture's name, such as 'traj_(\d+)'")
     masks.add_argument("--drop-unlabelled", action="store_true", help="COCO: leave out pictures without any annotation")
     masks.add_argument("--split", metavar="SHARES", help="shares of the videos, or keep: the source's own parts "
                        "(default: train=.6,val=.2,test=.2; keep for HDF5)")
-    masks.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
+    masks.add_argument("--seed", type=int, default=0, help="seed of the split (default: 0)")
     masks.add_argument("--out", required=True, metavar="FILE", help="HDF5 file; a contact sheet appears beside it")
     masks.add_argument("--overlays", metavar="DIR", help="one overlay a frame, and the contact sheet, as PNG")
     bair = command("bair", data_bair, "convert BAIR robot pushing (TFRecords) to an HDF5 file of clips; resumes", data)
@@ -306,21 +306,21 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--out", required=True, metavar="DIR", help="gets checkpoints, log, pictures and model/")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                        help="a setting, such as steps=500, steps_gpt=800, hidden_dim=96 or aligned=False (repeatable)")
-    train.add_argument("--stage", metavar="STAGE", help="only a part: vqvae, or gpt on top of it (default: both)")
+    train.add_argument("--stage", metavar="STAGE", help="one stage only: vqvae, or gpt on top of it (default: both)")
     train.add_argument("--init", metavar="MODEL", help="start from a model; with --stage gpt, from its VQ-VAE")
     train.add_argument("--device", metavar="NAME", help="cpu or cuda (default: cuda when there is one)")
-    train.add_argument("--workers", type=int, metavar="N", help="processes that load ahead (default: 0 on a CPU, up to 8 for a GPU)")
-    train.add_argument("--stop-after", type=float, metavar="MINUTES", help="leave a checkpoint and stop after so long")
+    train.add_argument("--workers", type=int, metavar="N", help="processes that load clips ahead (default: 0 on a CPU, up to 8 for a GPU)")
+    train.add_argument("--stop-after", type=float, metavar="MINUTES", help="write a checkpoint and stop after this time")
     train.add_argument("--clips", type=int, default=1000, metavar="N", help="with sim: how many (default: 1000)")
     train.add_argument("--no-tensorboard", action="store_true", help="no TensorBoard files")
     train.add_argument("--wandb", action="store_true", help="log to Weights & Biases as well")
 
-    turned = command("convert", convert, "turn an original VideoGPT or VQ-VAE checkpoint into a folder of vpenc's")
+    turned = command("convert", convert, "turn an original VideoGPT or VQ-VAE checkpoint into a folder in vpenc's format")
     turned.add_argument("checkpoint", metavar="CKPT", help="original .ckpt file; it is read without running anything in it")
     turned.add_argument("folder", metavar="DIR", help="gets config.json, model.safetensors and README.md")
-    turned.add_argument("--dtype", default="float32", help="of the weights: float32, float16 or bfloat16 (default: float32)")
+    turned.add_argument("--dtype", default="float32", help="type of the weights: float32, float16 or bfloat16 (default: float32)")
 
-    runs = command("run", run, "run a grid of experiments as notebooks; what is done is skipped")
+    runs = command("run", run, "run a grid of experiments as notebooks; finished rows are skipped")
     runs.add_argument("grid", metavar="GRID", help="table1, full, smoke, or a JSON/TOML file of rows")
     runs.add_argument("--jobs", type=int, default=2, metavar="N", help="notebooks at a time (default: 2)")
     runs.add_argument("--out", metavar="DIR", help="folder (default: outputs/GRID)")
@@ -343,12 +343,12 @@ def parser() -> argparse.ArgumentParser:
     samples.add_argument("--weights", default="videogpt-sim", metavar="MODEL", help="name, folder or .ckpt (default: videogpt-sim)")
     samples.add_argument("--frames", default="", metavar="FILE", help="clips, film or picture (default: simulated clips)")
     samples.add_argument("--n", type=int, default=8, help="sampled futures of each frame (default: 8)")
-    samples.add_argument("--temperature", type=float, default=1., help="below 1 sharpens (default: 1)")
+    samples.add_argument("--temperature", type=float, default=1., help="of sampling; below 1 favours likely codes (default: 1)")
     samples.add_argument("--top-k", type=int, default=64, metavar="K", help="likeliest codes to draw from, 0: all (default: 64)")
-    samples.add_argument("--seed", type=int, default=0, help="of the sampled futures (default: 0)")
+    samples.add_argument("--seed", type=int, default=0, help="seed of the sampled futures (default: 0)")
     samples.add_argument("--out", default="outputs/futures", metavar="DIR", help="folder (default: outputs/futures)")
     speed = command("bench", bench, "time vpenc against a plain reference on this machine")
-    speed.add_argument("--quick", action="store_true", help="a small model, seconds (its ratios mean nothing)")
+    speed.add_argument("--quick", action="store_true", help="a small model, takes seconds (its ratios only measure overhead)")
     speed.add_argument("--only", action="append", default=[], metavar="NAME",
                        help="resnet, encode, forced, sample, latents or bf16 (repeatable)")
     speed.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")

@@ -136,7 +136,7 @@ def test_cursor_and_zoom_are_shared(explorer):
     assert e.title("frame") == still and e.notebook.console_errors() == []
 
 
-def test_heavy_work_shows_progress_and_can_be_cancelled(explorer):
+def test_expensive_work_shows_progress_and_can_be_cancelled(explorer):
     e = explorer
     waited = e.page.evaluate("""async () => {
         const root = document.querySelector('.vpenc-explorer'), words = () => root.querySelector('.words').innerText, begun = performance.now();
@@ -157,7 +157,7 @@ def test_heavy_work_shows_progress_and_can_be_cancelled(explorer):
     e.page.wait_for_selector("[data-panel=futures]:not([hidden])")
     e.settled()
     e.notebook.screenshot("explore_futures", e.root)
-    assert "3 futures" in e.title("futures")
+    assert "3 sampled futures" in e.title("futures")
 
     before = e.pixels()
     e.set("trajectory", 3)  # another trajectory: the frame at once, the rest when it is there

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from conftest import wait_for
-from vpenc.views.label import frame_keys
+from vpenc.views.label_session import frame_keys
 from vpenc.data.masks import LabelledFrames
 
 SIZE, CLIPS, LONG = 64, 3, 3  # three clips of three frames

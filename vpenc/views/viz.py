@@ -220,7 +220,7 @@ def labelled_film(
     labels,  # one short string a clip
     columns=6,  # clips in a row
     scale=2,  # size of a pixel
-    given=0,  # so many first frames are marked as given
+    given=0,  # number of first frames that are marked as given
 ) -> np.ndarray:
     "One film uint8 (T,H',W',3) of many clips, with even sides, ready for `show_video`, `save_gif` and `save_mp4`."
     from PIL import Image as Picture, ImageDraw, ImageFont
