@@ -234,7 +234,7 @@ class _Reader:
             else:
                 self.known[id(child)] = len(self.known)
                 children.append([name, self.module(child, inside, weights)])
-        named = hasattr(type(value), "not_identity") and _named(type(value))  # vpenc's encoders: the name of their output says all
+        named = getattr(type(value), "named_by_output", False) and _named(type(value))  # vpenc's encoders: the name of their output says all
         kind = "encoder" if named else self.read(type(value), where or type(value).__name__)
         return ["module", kind, value.training, self.attributes(plain, where),
                 [[name, self.read(hook, f"a hook of {where or type(value).__name__}")] for name, hook in hooks], tensors, children]

@@ -18,7 +18,7 @@ ROOT, IDLE = ".vpenc-label", ".vpenc-label[data-busy='no'][data-saved='yes']"
 
 def footage() -> np.ndarray:
     "A bright disc that moves over a noisy ground: uint8 (CLIPS, LONG, 64, 64, 3)."
-    rng, (y, x) = np.random.default_rng(0), np.mgrid[:SIZE, :SIZE]
+    rng = np.random.default_rng(0)
     frames = rng.integers(40, 60, (CLIPS, LONG, SIZE, SIZE, 3), dtype=np.uint8)
     for c in range(CLIPS):
         for t in range(LONG): frames[c, t][disc(c, t)] = (230, 180, 60)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .taps import FeatureMap, known_taps
+from .taps import FeatureMap
 from .features import join
 from ..files import progress
 from ..models.videogpt import cross_attention, mass_at_own_position

@@ -8,8 +8,6 @@ __all__ = ['MAGVIT_VQ_TAPS', 'MAGVIT_TAPS', 'MagvitPass', 'MagvitEncoder']
 # %% ../../nbs/4_encoders/06_magvit.ipynb #44d52502
 from functools import cached_property
 
-import torch
-
 from .taps import TapEncoder
 from ..models.magvit import Magvit
 from ..models.magvit_vq import MagvitVQ

@@ -26,7 +26,6 @@ from ..files import did_you_mean, digest, read_json
 from ..identity import Unidentified, identify_structure, tensor_digest
 from ..data.video import VALUE_RANGES, as_frames, convert_range
 from ..models.videogpt import VideoGPT
-from ..models.vqvae import VQVAE
 
 # %% ../../nbs/4_encoders/01_taps.ipynb #1520299e
 @dataclass
@@ -101,6 +100,7 @@ class Encoder(Frozen):
     origin = ""  # 'random/' when the weights are random
     size = None  # image size (H, W) that the model takes; None: any
     cheap = False  # whether computing is no more expensive than reading from a cache
+    named_by_output = True  # for the fingerprint: `output` tells what an encoder of vpenc's own computes
     not_identity = ("_known", "_trainable", "_unknown", "seed", "output", "origin", "value_range")  # these enter the fingerprint by themselves
 
     def __init__(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .experiment import PAPER_TABLE1, Experiment, image_means, record
+from .experiment import PAPER_TABLE1, Experiment, image_means
 from ..files import atomic, read_json
 from ..probing.metrics import bootstrap_interval, paired_bootstrap
 

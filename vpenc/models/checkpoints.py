@@ -10,7 +10,6 @@ __all__ = ['STORAGES', 'LEGACY_MAGIC', 'LISTED', 'MODELS', 'GUESTS', 'HUB_FILES'
            'from_pretrained', 'load_videogpt', 'load_vqvae', 'load_magvit', 'push_to_hub', 'attach', 'convert']
 
 # %% ../../nbs/2_models/04_checkpoints.ipynb #1a3edb4e
-import json
 import math
 import os
 import pickle

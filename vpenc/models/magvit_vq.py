@@ -259,6 +259,7 @@ class PaperQuantizer(Quantizer):
 # %% ../../nbs/2_models/05_magvit_vq.ipynb #704c654b
 class EMAQuantizer(PaperQuantizer):
     "Nearest of K vectors that follow the mean of their latents; learns in train mode."
+    not_identity = ("needs_init", "revived")  # for the fingerprint of an encoder: they matter in training only
     decay, least = 0.95, 0.1  # of the running means; followers per step below which a vector is replaced
     total, draw = staticmethod(lambda x: x), staticmethod(random_latents)
 

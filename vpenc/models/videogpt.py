@@ -622,7 +622,7 @@ class Decoder:
         dtype=torch.float32,  # of weights, keys and values; norms, softmax and the stream between blocks stay float32
         graph=False,  # static shapes; on a GPU every step is a replayed CUDA graph
     ):
-        config, blocks = gpt.config, gpt.attn_stack.attn_nets
+        blocks = gpt.attn_stack.attn_nets
         context = gpt._context(batch, frames, labels, None)
         self.gpt, self.labels, self.position, self.graph = gpt, labels, 0, graph
         self.positions = gpt.attn_stack.pos_embd()  # (S,D)

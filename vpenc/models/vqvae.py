@@ -230,6 +230,7 @@ class Decoder(nn.Module):
 # %% ../../nbs/2_models/02_vqvae.ipynb #5ec1f6ce
 class Codebook(nn.Module):
     "K vectors of length D, learned by exponential moving averages; distances always in float32."
+    not_identity = ("needs_init",)  # for the fingerprint of an encoder: it matters in training only
 
     def __init__(self, n_codes, embedding_dim):
         super().__init__()

@@ -8,7 +8,7 @@ __all__ = ['RECIPES', 'GRID_RECIPES', 'PAPER_RECIPES', 'OPTIMIZERS', 'SCHEDULES'
            'inner_split', 'fit_probe', 'fine_tune', 'layer_groups', 'encode']
 
 # %% ../../nbs/5_probing/04_probe.ipynb #3d55abe0
-import copy, math, re, warnings
+import copy, math, warnings
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 
 from ..files import atomic, did_you_mean, read_json, write_json
-from .heads import HEADS, PAPER_QUIRKS, is_grid, make_head, map_shapes
+from .heads import HEADS, PAPER_QUIRKS, is_grid, map_shapes
 from .losses import make_loss
 from .metrics import best_threshold, is_constant, iou_per_image, scores
 

@@ -14,7 +14,6 @@ import numpy as np
 from ..files import did_you_mean
 from ..models.videogpt import VideoGPTConfig
 from ..models.vqvae import VQVAEConfig
-from .linear_start import linear_start
 from .loop import PRECISIONS, Plan
 
 # %% ../../nbs/3_training/04_config.ipynb #5478b61b

@@ -9,15 +9,14 @@ __all__ = ['count_flops', 'rate', 'measure_rates', 'Machine', 'estimate']
 import math, time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from .clips import Clips
-from .config import PretrainConfig
-from .videogpt import code_loss
 from ..data.video import as_clip
 from ..models.videogpt import VideoGPT
 from ..models.vqvae import VQVAE
+from .clips import Clips
+from .config import PretrainConfig
+from .videogpt import code_loss
 
 # %% ../../nbs/3_training/09_scale.ipynb #2d479fe7
 def count_flops(config: PretrainConfig) -> dict:  # operations per clip
