@@ -98,7 +98,7 @@ def shown(notebook, page: str):
             cell.outputs = [each for each in cell.outputs if each.get("name") != "stderr"
                             and not any("widget" in kind for kind in each.get("data", {}))]
             if not cell.source.strip() and not cell.outputs: continue
-        else: cell.source = linked(cell.source, page)
+        else: cell.source = re.sub(r"^#+ .*", lambda line: line[0].replace("`", ""), linked(cell.source, page), flags=re.M)  # for the contents
         cells.append(cell)
     notebook.cells = cells
     notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
@@ -125,7 +125,8 @@ def described(name: str, thing, level: int) -> list[str]:
     if inspect.isclass(thing):
         for method, function in vars(thing).items():
             function = getattr(function, "__func__", function)
-            if inspect.isfunction(function) and inspect.getdoc(function) and (method == "__init__" or not method.startswith("_")):
+            written = inspect.isfunction(function) and function.__code__.co_filename != "<string>"  # not by @dataclass
+            if written and inspect.getdoc(function) and (method == "__init__" or not method.startswith("_")):
                 lines += described(f"{name}.{method}", function, level + 1)
     return lines
 
@@ -158,6 +159,7 @@ def write_pages(run: bool):
     for name in TEXTS: shutil.copy(ROOT / name, PAGES / name)
     (PAGES / "api.md").write_text(api(), encoding="utf-8")
     (PAGES / "style.css").write_text(STYLE, encoding="utf-8")
+    (PAGES / "iframe-worker.js").write_text(WORKER, encoding="utf-8")
     for path in (NBS / "how_do_i.ipynb", *(each for paths in notebooks().values() for each in paths)):
         source, page = source_of(path), path.relative_to(NBS).as_posix()
         library = path.parent.name != "analysis"
@@ -175,6 +177,34 @@ STYLE = """.md-grid { max-width: 68rem; }
 """
 
 
+WORKER = """// A page opened as a file may not start a web worker. Here it runs in a hidden frame, so that the search works without a server.
+if (location.protocol === "file:") window.Worker = class extends EventTarget {
+    constructor(address) {
+        super();
+        this.waiting = [];
+        const base = new URL(address, location.href);
+        this.frame = document.createElement("iframe");
+        this.frame.hidden = true;
+        document.documentElement.append(this.frame);
+        const inside = this.frame.contentWindow, page = this.frame.contentDocument;
+        const load = (url) => new Promise((resolve, reject) => {
+            const script = page.createElement("script");
+            Object.assign(script, {src: new URL(url, base).href, onload: resolve, onerror: reject});
+            page.head.append(script);
+        });
+        inside.importScripts = (...urls) => urls.reduce((done, url) => done.then(() => load(url)), Promise.resolve());
+        inside.postMessage = (data) => this.dispatchEvent(new MessageEvent("message", {data}));
+        load(base).then(() => { const sent = this.waiting; this.waiting = null; sent.forEach((data) => this.postMessage(data)); });
+    }
+    postMessage(data) {
+        if (this.waiting) this.waiting.push(data);
+        else this.frame.contentWindow.dispatchEvent(new MessageEvent("message", {data}));
+    }
+    terminate() { this.frame.remove(); }
+};
+"""
+
+
 def settings() -> dict:
     "What MkDocs is told; nothing is fetched, by the build or by a reader's browser."
     checks = {"not_found": "warn", "anchors": "warn", "absolute_links": "warn", "unrecognized_links": "warn"}
@@ -183,7 +213,7 @@ def settings() -> dict:
              "palette": [{"media": "(prefers-color-scheme: light)", "scheme": "default", "primary": "indigo"},
                          {"media": "(prefers-color-scheme: dark)", "scheme": "slate", "primary": "indigo"}]}
     return {"site_name": "vpenc", "site_description": "A video prediction model as a visual encoder", "docs_dir": str(PAGES),
-            "site_dir": str(SITE), "use_directory_urls": False, "theme": theme, "nav": navigation(), "extra_css": ["style.css"],
+            "site_dir": str(SITE), "use_directory_urls": False, "theme": theme, "nav": navigation(), "extra_css": ["style.css"], "extra": {"polyfills": ["iframe-worker.js"]},
             "plugins": ["search", "offline", {"mkdocs-jupyter": {"execute": False, "include_source": False, "no_input": False}}],
             "markdown_extensions": ["tables", "toc", "pymdownx.superfences", "pymdownx.highlight", "attr_list", "md_in_html"],
             "validation": {"links": checks, "nav": {"omitted_files": "warn", "not_found": "warn"}}}

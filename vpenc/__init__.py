@@ -27,11 +27,12 @@ _HOME = {  # public name -> the module that defines it
 __all__ = [*_HOME]
 
 
-def __getattr__(name: str):
-    "The public name, imported on first use (PEP 562)."
-    if name not in _HOME: raise AttributeError(f"module 'vpenc' has no attribute {name!r}; the public names are {', '.join(_HOME)}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    return value
+if not TYPE_CHECKING:  # or a type checker would take any name
+    def __getattr__(name: str):
+        "The public name, imported on first use (PEP 562)."
+        if name not in _HOME: raise AttributeError(f"module 'vpenc' has no attribute {name!r}; the public names are {', '.join(_HOME)}")
+        value = globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        return value
 
 
 def __dir__(): return sorted({*globals(), *_HOME})

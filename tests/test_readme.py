@@ -1,0 +1,110 @@
+"""The README's starts run as they stand, and its numbers are those of the published results."""
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = ROOT / "outputs" / "reference"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "What the starts name: a file of clips and an original checkpoint."
+    from test_checkpoints import gpt_file
+    from vpenc.data.sim import generate_clips
+    path = tmp_path_factory.mktemp("start")
+    (path / "data").mkdir()
+    generate_clips(path / "data" / "bair.h5", n_train=3, n_test=2, processes=1)
+    gpt_file(path / "my.ckpt")
+    return path
+
+
+def starts(folder, code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_starts_run(folder, number):
+    before = "import torch; net = torch.nn.Conv2d(3, 4, 3, stride=2)\n" if "net" in PYTHON[number] else ""
+    done = starts(folder, before + PYTHON[number])
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_there_are_three_starts(): assert len(PYTHON) == 3 and all(block.startswith("import vpenc") for block in PYTHON)
+
+
+def test_commands_of_the_starts_exist():
+    "Every `vpenc ...` line of the README parses: its command and its options are known."
+    for line in re.findall(r"^vpenc [^\n#]+", README, re.M):
+        words = line.split()[1:]
+        depth = 2 if words[0] == "data" else 1
+        shown = subprocess.run([sys.executable, "-c", "from vpenc.cli import main; main()", *words[:depth], "--help"], capture_output=True, text=True, cwd=ROOT)
+        assert shown.returncode == 0, line
+        for option in re.findall(r"--[a-z-]+", line): assert option in shown.stdout, f"{line}: no {option}"
+
+
+def test_first_screen():
+    "One sentence, one picture, two commands, the result; the table comes after the starts."
+    first = README.split("A model that predicts")[0]
+    assert first.count("![") == 1 and "make table1" in first and "IoU" in first and len(first.splitlines()) < 20
+    assert README.index("## Start") < README.index("| **Table 1 of the paper** |")
+
+
+def rows():
+    "Row of the README's table -> its cells."
+    for line in README.splitlines():
+        if line.startswith("| ") and line.count("|") == 9 and "**" not in line: yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def results():
+    for path in REFERENCE.glob("*.json"):
+        yield json.loads(path.read_text())
+
+
+def test_scores_of_the_table_come_from_the_runs():
+    "Each IoU is the mean over seeds and test images that stands in the run's own file, and the units are its trajectories."
+    known = {(f"{np.mean(run['per_image']):.3f}", str(len({t for seed in run["trajectory"] for t in seed})))
+             for run in results() if run["experiment"]["protocol"] == "corrected"}
+    shown = [(cells[3], cells[5]) for cells in rows() if re.fullmatch(r"\d\.\d{3}", cells[3])]
+    assert len(shown) == 19
+    assert not [each for each in shown if each not in known]
+
+
+def test_numbers_in_the_prose_stand_in_the_results():
+    text = " ".join(README.split())
+    with open(REFERENCE / "finetune" / "pairs.csv") as file: pairs = {row["against"]: row for row in csv.DictReader(file) if row["row"] == "fine-tuned"}
+    for against in ("frozen", "from random weights", "U-Net"):
+        low, high = pairs[against]["95 % interval"].split(" to ")
+        assert re.search(rf"{re.escape(pairs[against]['difference'].lstrip('+'))} \({re.escape(low)} to {re.escape(high)}\)", text), against
+    with open(REFERENCE / "objectives" / "objectives.csv") as file: table = list(csv.DictReader(file))
+    for domain in ("bair", "camouflage"):
+        ahead = [float(re.match(r"[+-]?[\d.]+", row["future - still"])[0]) for row in table if row["domain"] == domain]
+        assert f"by {min(ahead):.3f} to {max(ahead):.3f}" in text, domain
+    seen = json.loads((REFERENCE / "futures" / "futures.json").read_text())
+    assert f"{seen['inside']['samples']:.0%} of the pixels that change" in text and f"(chance {seen['inside']['chance']:.0%})" in text
+
+
+def test_pictures_and_pages_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"): assert (ROOT / target).exists(), target
+
+
+def test_every_notebook_has_its_page(monkeypatch):
+    "The documentation's navigation leads to every notebook."
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    pytest.importorskip("nbclient")
+    import docs
+
+    def pages(part): return [page for each in part for page in (pages(each) if isinstance(each, (list, dict)) else [each])] \
+        if isinstance(part, list) else pages(list(part.values()))
+    reached = {page for page in pages(docs.navigation())}
+    written = {path.relative_to(ROOT / "nbs").as_posix() for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts}
+    assert {page for page in written if not page.startswith("index")} <= reached
