@@ -29,7 +29,7 @@ def test_names_are_offered_and_belong_to_their_modules():
     for name in NAMES:
         thing = getattr(vpenc, name)
         assert thing.__name__ == name and thing.__doc__, name
-    with pytest.raises(AttributeError, match="no attribute 'load_encodr'"): getattr(vpenc, "load_encodr")
+    with pytest.raises(AttributeError, match="no attribute .load_encodr."): _ = vpenc.load_encodr
 
 
 def test_help_shows_the_names():
