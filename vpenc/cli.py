@@ -18,19 +18,17 @@ def data_sim(args):
     domains = DOMAINS if args.domain == "all" else (args.domain,)
     home = Path(args.out) if args.out else data_home()
     for domain in domains:
-        path = home/labels_path(domain).name
-        print(f"{path}: {'made' if make_labels(path, domain) else 'there already'}")
-        if args.clips: _clips(home/f"sim-{domain}-clips.h5", domain, args.clips)
+        path = home/labels_path(domain, args.realism).name
+        print(f"{path}: {'made' if make_labels(path, domain, args.realism) else 'there already'}")
+        if args.clips: _clips(path.with_name(path.name.replace("labels", "clips")), domain, args.clips, args.realism)
 
 
-def _clips(path: Path, domain: str, count: int):
+def _clips(path: Path, domain: str, count: int, realism: bool):
     "Simulated clips to train video models on, a tenth of them for testing."
-    from vpenc.data.sim import SimConfig, generate_clips
-    from vpenc.data.video import ClipStore
-    held_out = max(1, count // 10)
-    if path.exists() and ClipStore(path).count("train") == count - held_out: return print(f"{path}: there already")
-    generate_clips(path, count - held_out, held_out, SimConfig(domain=domain))
-    print(f"{path}: made")
+    from vpenc.data.sim import PLAIN, Realism, SimConfig, generate_clips
+    held_out, there = max(1, count // 10), path.exists()
+    generate_clips(path, count - held_out, held_out, SimConfig(domain=domain, realism=Realism() if realism else PLAIN))
+    print(f"{path}: {'there already' if there else 'made'}")
 
 # %% ../nbs/81_cli.ipynb #7d0c9b12
 def data_bair(args):
@@ -267,6 +265,7 @@ def parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="make data").add_subparsers(dest="kind", metavar="KIND", required=True)
     sim = command("sim", data_sim, "simulate labelled frames (and clips) of a robot arm that pushes toys", data)
     sim.add_argument("--domain", default="bair", choices=("bair", "camouflage", "all"), help="appearance (default: bair)")
+    sim.add_argument("--realism", action="store_true", help="with what the real camera adds: border, sun, changing light, piles, dark toys")
     sim.add_argument("--clips", type=int, default=0, metavar="N", help="also N clips to train on")
     sim.add_argument("--out", metavar="DIR", help="folder (default: data/ of the checkout, or $VPENC_DATA)")
 

@@ -134,13 +134,14 @@ def sensor_noise(
     sigma: float,  # standard deviation in grey levels (0..255); 0 returns the frames as they are
     keys,  # one tuple of non-negative ints per frame: the frame's own random seed
 ) -> np.ndarray:  # uint8 (N, H, W, 3)
-    "Add camera noise that depends on nothing but each frame's key."
+    "Add camera noise that depends on nothing but each frame's key. A first row and column that are exactly black, as BAIR's, stay black."
     if len(keys) != len(frames): raise ValueError(f'{len(keys)} noise keys for {len(frames)} frames: expected one each')
     if sigma == 0: return frames
     noisy = np.empty_like(frames)
     for i, (frame, key) in enumerate(zip(frames, keys)):
         noise = np.random.default_rng(key).standard_normal((*frame.shape[:2], 4), dtype=np.float32)
         noisy[i] = np.clip(frame + sigma * (.6 * noise[..., :3] + .8 * noise[..., 3:]) + .5, 0, 255)
+        if not (frame[0].any() or frame[:, 0].any()): noisy[i, 0], noisy[i, :, 0] = 0, 0
     return noisy
 
 # %% ../../nbs/1_data/01_video.ipynb #8c5658f0

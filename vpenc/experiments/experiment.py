@@ -192,20 +192,22 @@ GRIDS = dict(table1=table1, full=full, smoke=smoke)
 # %% ../../nbs/6_experiments/01_experiment.ipynb #a9af2c2c
 def labels_path(
     domain="bair",  # of the simulated stand-in
+    realism=False,  # simulated with what the real camera adds
 ) -> Path:
     "The default file of simulated labelled frames."
-    return data_home()/f"sim-{domain}-labels.h5"
+    return data_home()/f"sim-{domain}-{'real-' * realism}labels.h5"
 
 
 def make_labels(
     path,  # of the file
     domain="bair",
+    realism=False,  # with what the real camera adds (`vpenc.data.scene.Realism`)
 ) -> bool:
-    "Simulate labelled frames unless the file exists; True when it was generated."
-    from vpenc.data.sim import SimConfig, generate_labels
-    if Path(path).exists(): return False
-    generate_labels(path, SimConfig(domain=domain))  # locks `path`: a second process waits and finds the file
-    return True
+    "Simulate labelled frames; False when the file is there. ValueError when it holds another set."
+    from vpenc.data.sim import PLAIN, Realism, SimConfig, generate_labels
+    there = Path(path).exists()
+    generate_labels(path, SimConfig(domain=domain, realism=Realism() if realism else PLAIN))  # locks `path`: a second process waits and finds the file
+    return not there
 
 
 def ensure_labels(experiment: Experiment) -> Path:
