@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .models.videogpt import Decoder, VideoGPT, VideoGPTConfig, cache_bytes, flex_compiles, sparse_mask
+from .models.attention import sparse_mask
+from .models.videogpt import Decoder, VideoGPT, VideoGPTConfig, cache_bytes, flex_compiles
 from .models.vqvae import VQVAEConfig
 
 # %% ../nbs/80_bench.ipynb #59c02e85
