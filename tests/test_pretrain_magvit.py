@@ -18,7 +18,7 @@ from vpenc.training.pretrain import pretrain
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = dict(filters=8, embedding_dim=8, n_codes=32, sequence_length=8, resolution=16, layers=1, hidden_dim=24, heads=2, mlp_dim=32)
-SHORT = SIZE | dict(model="magvit", steps=(8, 0, 6), batch_size=4, warmup=2, every=2, restarts=(3,), validation_clips=4, futures=1, tensorboard=False,
+SHORT = SIZE | dict(family="magvit", steps=(8, 0, 6), batch_size=4, warmup=2, every=2, restarts=(3,), validation_clips=4, futures=1, tensorboard=False,
                     learning_rate=1e-3)
 PROGRAM = """
 import os, sys, torch

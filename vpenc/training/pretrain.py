@@ -95,17 +95,17 @@ def pretrain(
     tensorboard: bool = True,  # write TensorBoard files, where it is installed
     wandb: str | None = None,  # name of a Weights & Biases project
     stop_after: float | None = None,  # stop with a checkpoint after so many minutes; raises `Stopped`
-    model: str = "videogpt",  # or 'magvit'
+    family: str = "videogpt",  # or 'magvit'
     **changes,  # see `configure`, `configure_magvit`
 ) -> Path:  # the model's folder
     "Train all stages of a model; run again after being killed or stopped, it goes on where it was."
-    if model not in FAMILIES: raise ValueError(f"model: unknown {model!r}{did_you_mean(model, FAMILIES)}")
-    family = FAMILIES[model]
-    if stage not in (None, *family.parts): raise ValueError(f"stage: unknown {stage!r}{did_you_mean(stage, family.parts)}")
-    config, given = family.configure(preset, **changes), from_pretrained(init) if init else None
-    if given: config = replace(config, model=family.initial(config, given))
+    if family not in FAMILIES: raise ValueError(f"model: unknown {family!r}{did_you_mean(family, FAMILIES)}")
+    own = FAMILIES[family]
+    if stage not in (None, *own.parts): raise ValueError(f"stage: unknown {stage!r}{did_you_mean(stage, own.parts)}")
+    config, given = own.configure(preset, **changes), from_pretrained(init) if init else None
+    if given: config = replace(config, model=own.initial(config, given))
     out, store, team = Path(out), open_clips(data), Team(device)
-    first = family.parts[0]  # name of the tokenizer's stage, and of its folder
+    first = own.parts[0]  # name of the tokenizer's stage, and of its folder
     folder = Path(folder) if folder else out/(first if stage == first else "model")
     for name in config.stages: config.plan(name).check(team)
     workers = usual_workers(team.device) if workers is None else workers
@@ -115,14 +115,14 @@ def pretrain(
         if _is_finished(out, folder, stage, first): return folder
         log = Log(out, tensorboard, wandb) if team.main else Log(out, tensorboard=False)
         run = dict(team=team, log=log, stop=stop, workers=workers)
-        tokens = _first_stage(family, store, config, out, stage, given, run)
+        tokens = _first_stage(own, store, config, out, stage, given, run)
         if team.main and not (out/first/"config.json").exists(): save_pretrained(tokens, out/first, dtype=torch.float32)
         if stage != first:
             def export(trained, finished=False):
                 if team.main: export_model(trained, folder, config, out, preset, store, finished, init, given)
-            trained = family.train(store, tokens, config, out, given if type(given).__name__ == family.kind else None, export, run)
+            trained = own.train(store, tokens, config, out, given if type(given).__name__ == own.kind else None, export, run)
             export(trained, finished=True)
-            if team.main: write_json(out/"finished.json", {"model": str(folder), family.tokens: digest(*tokenizer(trained).state_dict().values())})
+            if team.main: write_json(out/"finished.json", {"model": str(folder), own.tokens: digest(*tokenizer(trained).state_dict().values())})
         log.close()
         team.wait()
     return folder
