@@ -306,7 +306,7 @@ def views(self: Explorer, state) -> dict:
 
 def describe(state) -> str:
     "Tap, layer and latent time in a few words."
-    return state.tap + (f"[{state.layer}]" if state.tap in ("hidden", "next", "levels", "resnet:stages") else "") + (f", time {state.time}" if state.time else "")
+    return state.tap + (f"[{state.layer}]" if state.tap in ("hidden", "next", "levels", "layer", "resnet:stages") else "") + (f", time {state.time}" if state.time else "")
 
 
 Explorer.views = views
