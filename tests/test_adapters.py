@@ -9,6 +9,7 @@ import torch
 
 import vpenc
 from vpenc.data.masks import LabelledFrames, save_labels, split_by_trajectory
+from vpenc.data.sim import SimConfig, simulate
 
 SIZES = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, patch_size=16, image_size=64)
 DINO = {name: SIZES[name] for name in SIZES if name != "intermediate_size"} | dict(mlp_ratio=2)
@@ -39,14 +40,14 @@ DIFFUSERS = {
 
 
 @pytest.fixture(scope="module")
-def frames(): return np.concatenate([vpenc.simulate(i).video[:1] for i in range(3)])
+def frames(): return np.concatenate([simulate(i, SimConfig(frames=1)).video for i in range(3)])
 
 
 @pytest.fixture(scope="module")
 def labels(tmp_path_factory):
-    clips = [vpenc.simulate(i) for i in range(12)]
-    number = np.repeat(np.arange(12), 2)
-    labelled = LabelledFrames(np.concatenate([clip.video[[3, 12]] for clip in clips]), np.concatenate([clip.masks[[3, 12]] for clip in clips]).astype(bool),
+    clips = [simulate(i, SimConfig(frames=2)) for i in range(10)]
+    number = np.repeat(np.arange(10), 2)
+    labelled = LabelledFrames(np.concatenate([clip.video for clip in clips]), np.concatenate([clip.masks for clip in clips]).astype(bool),
                               number, split_by_trajectory(number, dict(train=.5, val=.25, test=.25)), "few")
     path = tmp_path_factory.mktemp("labels") / "few.h5"
     save_labels(labelled, path)
@@ -109,12 +110,12 @@ def test_preparation_is_the_processors(tmp_path, frames):
     "The same numbers as from a frame that is prepared by hand with Pillow, from a processor's file."
     from PIL import Image
     folder, _ = saved("DINOv3ViTModel", tmp_path / "model")
-    (folder / "preprocessor_config.json").write_text('{"size": {"height": 128, "width": 128}, "resample": 3, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}')
+    (folder / "preprocessor_config.json").write_text('{"size": {"height": 128, "width": 128}, "resample": 2, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}')
     model = vpenc.load_encoder(f"hf:{folder}", device="cpu").model
     got = model.prepared(torch.from_numpy(frames[:1]).permute(0, 3, 1, 2) / 255)
-    by_hand = np.asarray(Image.fromarray(frames[0]).resize((128, 128), Image.Resampling.BICUBIC), np.float32) / 255
+    by_hand = np.asarray(Image.fromarray(frames[0]).resize((128, 128), Image.Resampling.BILINEAR), np.float32) / 255
     by_hand = (by_hand - [.5, .4, .3]) / [.2, .3, .4]
-    assert tuple(got.shape) == (1, 3, 128, 128) and np.abs(got[0].permute(1, 2, 0).numpy() - by_hand).max() < .02  # Pillow rounds to 8 bits
+    assert tuple(got.shape) == (1, 3, 128, 128) and np.abs(got[0].permute(1, 2, 0).numpy() - by_hand).max() < .03  # Pillow rounds to 8 bits
 
 
 def test_a_damaged_folder_is_refused_in_one_line(tmp_path):

@@ -120,6 +120,7 @@ class Guest(nn.Module):
         super().__init__()
         self.config, self.net = config, new_network(config)
         if config.kind == "ViTMAEModel": self.net.config.mask_ratio = 0.  # an encoder looks at the whole frame
+        if hasattr(self.net, "clear_cache"): self.net.clear_cache()  # Wan's, which it empties after each clip but not before the first
 
     @property
     def blocks(self): return blocks_of(self.net, self.config)
