@@ -155,3 +155,17 @@ def test_timm(tmp_path, frames):
         assert features.values.shape[2] == shape[1] and features.tap == "timm:last" and not features.fingerprint.startswith("unknown")
         twin = vpenc.load_encoder("random/timm:layer[0]", weights=of_timm(net), device="cpu")(frames)
         assert twin.tap == "random/timm:layer[0]"
+
+
+def test_action_conditioned_futures_are_refused_in_one_line(frames):
+    from vpenc.encoders.futures import futures_of
+    from vpenc.models.ivideogpt import IVideoGPT, IVideoGPTConfig
+    from vpenc.views.explorer import ExploreState, Explorer
+    kinds = dict(block_out_channels=(32, 32, 64), layers_per_block=1, latent_channels=8, num_vq_embeddings=16, num_dyn_embeddings=8)
+    llama = dict(vocab_size=26, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = IVideoGPT(IVideoGPTConfig(kinds, llama, action_dim=4)).eval()
+    with pytest.raises(ValueError, match="action-conditioned model need actions"): futures_of(model)
+    view = Explorer(frames, vpenc.load_encoder(model, device="cpu"), device="cpu")
+    with pytest.raises(ValueError, match="cannot sample futures: .* need actions") as error:
+        for _ in view.preparing(ExploreState(futures=2)): pass
+    assert "\n" not in str(error.value) and "pca" in view.views(ExploreState())
