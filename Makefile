@@ -35,7 +35,7 @@ lab: install  ## JupyterLab in nbs/analysis
 
 check: dev  ## notebooks and library in step, README made from nbs/index.ipynb, import rules, ruff
 	$(BIN)/nbdev_export
-	@mkdir -p vpenc/notebooks && cp nbs/analysis/ablation.ipynb nbs/analysis/results.ipynb nbs/analysis/futures.ipynb nbs/analysis/latents.ipynb vpenc/notebooks/
+	@mkdir -p vpenc/notebooks && cp nbs/analysis/ablation.ipynb nbs/analysis/results.ipynb nbs/analysis/futures.ipynb nbs/analysis/latents.ipynb nbs/analysis/models.ipynb vpenc/notebooks/
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python tools/readme.py
 	$(BIN)/nbdev_clean
 	$(BIN)/python tools/house.py

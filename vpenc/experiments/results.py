@@ -92,11 +92,11 @@ def floor_of(
     row,  # a row of the frame
     df,  # all rows
 ):
-    "The best floor row for `row` (same protocol, data and labels), or None when the frame holds none."
+    "The best floor row for `row` (same protocol, data and labels; random twins of the same model), or None when the frame holds none."
     same = df[(df.protocol == row.protocol) & (df.fingerprint == row.fingerprint) & (df.labels == row.labels)]
     others = [other for _, other in same.iterrows() if (other.encoder, other["head"]) != (row.encoder, row["head"])]
     blind = [other for other in others if is_floor(other) and not other.encoder.startswith("random/")]
-    twins = [other for other in others if other.encoder == f"random/{row.encoder}"]
+    twins = [other for other in others if other.encoder == f"random/{row.encoder}" and other.weights == row.weights]
     twins = [other for other in twins if other["head"] == row["head"]] or twins
     return max(blind + twins, key=lambda other: other.iou, default=None)
 
