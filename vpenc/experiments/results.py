@@ -47,8 +47,9 @@ def _is_result(value) -> bool:
 
 
 def _present(result: dict) -> dict:
-    "A result with its settings under their present names: `domain` was `look` before this version."
+    "A result with its settings under their present names: `domain` was `look`, and there was no `augment`, before this version."
     result["experiment"].setdefault("domain", result["experiment"].pop("look", "bair"))
+    result["experiment"].setdefault("augment", 0)  # results from before there was any
     return result
 
 
@@ -93,7 +94,7 @@ def floor_of(
     df,  # all rows
 ):
     "The best floor row for `row` (same protocol, data and labels), or None when the frame holds none."
-    same = df[(df.protocol == row.protocol) & (df.fingerprint == row.fingerprint) & (df.labels == row.labels)]
+    same = df[(df.protocol == row.protocol) & (df.fingerprint == row.fingerprint) & (df.labels == row.labels) & df.augment.isin([0, row.augment])]
     others = [other for _, other in same.iterrows() if (other.encoder, other["head"]) != (row.encoder, row["head"])]
     blind = [other for other in others if is_floor(other) and not other.encoder.startswith("random/")]
     twins = [other for other in others if other.encoder == f"random/{row.encoder}"]
@@ -103,7 +104,7 @@ def floor_of(
 # %% ../../nbs/6_experiments/04_results.ipynb #b47d029e
 SECTIONS = ("Table 1 of the paper", "further rows", "floors", "other settings")
 PLAIN = {f.name: f.default for f in fields(Experiment)}  # default settings, not printed
-VARIANTS = ("loss", "optimizer", "lr", "weight_decay", "epochs", "labels")  # settings that are printed beside the head
+VARIANTS = ("loss", "optimizer", "lr", "weight_decay", "epochs", "labels", "augment")  # settings that are printed beside the head
 
 
 def variant(row) -> str:

@@ -148,7 +148,7 @@ def _targets(masks, count, what="") -> torch.Tensor:
     "Masks (N,H,W) as floats (N,1,H,W). ValueError when there are none, not one per frame, or values other than 0 and 1."
     masks = np.asarray(masks)
     if masks.ndim != 3 or len(masks) == 0: raise ValueError(f"{what}masks have shape {masks.shape}; expected (N,H,W) with N > 0")
-    if len(masks) != count: raise ValueError(f"{len(masks)} {what}masks for {count} frames; expected one each")
+    if len(masks) != count: raise ValueError(f"{len(masks)} {what}masks for {count:g} frames; expected one each")
     if masks.dtype != bool and not np.isin(masks, (0, 1)).all():
         raise ValueError(f"{what}masks hold values from {masks.min()} to {masks.max()}; expected only 0 and 1")
     return torch.from_numpy(masks.astype(np.float32))[:, None]
@@ -284,6 +284,7 @@ def fit_probe(
     batch=None,  # frames per step; None: the head's recipe
     schedule=None,  # 'cosine' or 'constant'; None: the head's recipe
     augment=None,  # 'flip', 'jitter' or 'flip+jitter', for the `pixels` encoder
+    views=1,  # `features` hold so many views of all frames, one view after the other: see vpenc.probing.augment
     head_options=None,  # dict of the head's own options, for instance dict(base=32)
     protocol="corrected",  # or 'paper'
     seed=0,  # of initial weights, order, augmentation, and the inner split
@@ -292,10 +293,12 @@ def fit_probe(
     "Fit a head to cached features. Same seed, same machine, same probe. ValueError for bad names, sizes and masks."
     _known("protocol", protocol, ("corrected", "paper")), _known("head", head, HEADS)
     _known("optimizer", optimizer, OPTIMIZERS), _known("schedule", schedule or "cosine", SCHEDULES)
-    targets, criterion, augment = _targets(masks, len(features)), make_loss(loss), augmentation(augment)
-    if val is None:
-        train, held = inner_split(len(features), trajectory, seed)
-        val, features, targets = (features.take(held), targets[held, 0].numpy()), features.take(train), targets[train]
+    targets, criterion, augment = _targets(masks, len(features) / views), make_loss(loss), augmentation(augment)
+    if val is None:  # frames are held out with all their views, and judged by the first
+        count, (train, held) = len(targets), inner_split(len(targets), trajectory, seed)
+        val, targets = (features.take(held), targets[held, 0].numpy()), targets[train]
+        features = features.take(np.concatenate([train + view * count for view in range(views)]))
+    targets = targets.repeat(views, 1, 1, 1)
     val_targets = _targets(val[1], len(val[0]), "validation ")
     shapes, size = map_shapes(features), targets.shape[-2:]
     if val_targets.shape[-2:] != size: raise ValueError(f"validation masks are {tuple(val_targets.shape[-2:])}, training masks {tuple(size)}")
