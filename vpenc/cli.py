@@ -270,9 +270,9 @@ def parser() -> argparse.ArgumentParser:
     sim.add_argument("--clips", type=int, default=0, metavar="N", help="also N clips to train on")
     sim.add_argument("--out", metavar="DIR", help="folder (default: data/ of the checkout, or $VPENC_DATA)")
 
-    masks = command("masks", data_masks, "import labelled frames: COCO (Roboflow), frames/ and masks/, or HDF5", data)
-    masks.add_argument("source", metavar="SOURCE", help="Roboflow export (folder or zip), COCO JSON, folder, or HDF5 file")
-    masks.add_argument("--format", default="auto", choices=("auto", "coco", "png", "hdf5"), help="(default: auto)")
+    masks = command("masks", data_masks, "import labelled frames: COCO (Roboflow), frames/ and masks/, .npz arrays, or HDF5", data)
+    masks.add_argument("source", metavar="SOURCE", help="Roboflow export (folder or zip), COCO JSON, folder, .npz or HDF5 file")
+    masks.add_argument("--format", default="auto", choices=("auto", "coco", "png", "npz", "hdf5"), help="(default: auto)")
     masks.add_argument("--images", metavar="DIR", help="COCO: the pictures, when they are not beside the JSON")
     masks.add_argument("--category", nargs="+", default=[], action="extend", metavar="NAME",
                        help="the object: category names, or numbers in PNG masks (several are united)")

@@ -249,7 +249,7 @@ def _cost(self) -> float:
     extraction = (200 + scored + 150 * self.augment) * frame
     fit = dict(unet=12, attention=9, heavy=7, light=5, linear=5).get(self.head, 3) * (2 if paper and self.head in ("unet", "light") else 1)
     tuning = (20 * (self.epochs or 1) + .02 * scored) if self.finetune else 0
-    return extraction + (fit + tuning) * len(self.seeds) * (1 + self.augment)
+    return extraction + (fit + tuning) * len(self.seeds)
 
 
 Experiment.inputs, Experiment.features, Experiment.cost = _inputs, _features, _cost

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROW', 'SCORES', 'BLIND', 'FLOOR_NAMES', 'SECTIONS', 'PLAIN', 'VARIANTS', 'COLUMNS', 'TITLES', 'ENOUGH', 'STYLE',
            'collect', 'is_floor', 'floor_of', 'variant', 'table', 'gain', 'label', 'words', 'caption', 'warnings',
-           'markdown', 'page', 'latex', 'bars', 'write_all']
+           'real_words', 'real_caption', 'real_result', 'markdown', 'page', 'latex', 'bars', 'write_all']
 
 # %% ../../nbs/6_experiments/04_results.ipynb #c0563592
 import html
@@ -243,6 +243,42 @@ def warnings(
                              "a probe cannot know that. Trust no row of this table.")
     return lines
 
+# %% ../../nbs/6_experiments/04_results.ipynb #281021a9
+def real_words(
+    result,  # content of a real.json
+    few=False,  # the rows with a few real labels too
+):
+    "Its rows as a DataFrame of strings, as `words` makes them."
+    import pandas as pd
+    lines = []
+    for row in result["rows"]:
+        if row["k"] and not few: continue
+        cells = dict.fromkeys(COLUMNS, "") | dict(
+            row=f"{row['encoder']} {row['head']}" + f" (augment={row['augment']})" * bool(row["augment"]), IoU=_number(row["iou"]), units=str(row["units"]),
+            parameters=f"{row['parameters']:,}", seeds=str(len(row["seeds"])), section="real, zero-shot" if result["data"]["real"] else "other domain, zero-shot")
+        cells["95 % interval"] = _span(row["low"], row["high"], row["units"], ".3f")
+        if row["k"]: cells["section"] = f"{row['kind']} labels, k={row['k']}"
+        if row.get("floor_name"):
+            cells["floor"] = f"{row['floor']:.3f} {row['floor_name']}"
+            cells["gain"] = f"{row['gain']:+.3f} ({_span(row['gain_low'], row['gain_high'], row['units'], '+.3f')})"
+        lines.append(cells)
+    return pd.DataFrame(lines, columns=("section", *COLUMNS))
+
+
+def real_caption(result) -> str:
+    "What the numbers of those rows are."
+    data = result["data"]
+    return (f"{'Real' if data['real'] else 'Other'}: IoU at probability .5 on {data['frames']} frames of {data['units']} trajectories of {data['dataset']}, probes fitted to "
+            f"{result['labels']} simulated labels ({result['domain']}), weights {result['weights']}; augment: changed views of each labelled frame.")
+
+
+def real_result(
+    folder,  # of a batch
+):
+    "The content of its real.json, or None."
+    found = [path for path in (Path(folder)/"real.json", Path(folder)/"real"/"real.json") if path.exists()]
+    return read_json(found[0]) if found else None
+
 # %% ../../nbs/6_experiments/04_results.ipynb #bb07fe24
 def markdown(text, title, warned=()) -> str:
     "The table of `words` as Markdown, one heading per section."
@@ -325,11 +361,13 @@ def write_all(
 
     Files of a second data set carry its name (table-sim-camouflage.md).
     """
+    import pandas as pd
     folder, df = Path(folder), collect(folder)
     lines, texts = table(df), []
     for i, (name, rows) in enumerate(df.groupby("dataset")):
         part, suffix = lines[lines.dataset == name], f"-{name}" if i else ""
         sheet, title, warned = words(part), caption(rows), warnings(rows)
+        if not i and (real := real_result(folder)): sheet, title = pd.concat([sheet, real_words(real)]), f"{title} {real_caption(real)}"
         forms = dict(md=markdown, html=page, tex=latex)
         forms = {kind: form(sheet, title, warned) for kind, form in forms.items()} | dict(csv=part.to_csv(index=False))
         for kind, text in forms.items():
