@@ -54,12 +54,12 @@ def test_archive_and_labels_become_a_table(source, tmp_path, capfd):
     assert (store.count("train"), store.count("test")) == (4, 2) and np.array_equal(store.clip("train", 2), film(2)[0])
     assert labelled.counts == dict(train=9, val=3, test=3)
     model = out / "pretrain" / "model"
-    assert read_json(model / "config.json")["hidden_dim"] == 24 and (model / "model.safetensors").exists()
+    assert read_json(model / "config.json")["config"]["hidden_dim"] == 24 and (model / "model.safetensors").exists()
     results = {path.stem: read_json(path) for path in (out / "table").glob("*.json")}
     assert len(results) == 3 and "3 run, 0 already done, 0 failed" in printed
     encoded = next(result for name, result in results.items() if name.startswith("videogpt-resnet"))
     assert encoded["experiment"]["weights"] == str(model) and encoded["data"]["fingerprint"] == labelled.fingerprint
-    assert encoded["data"]["simulated"] is False and encoded["shape"][1] == 24 and "videogpt:resnet linear1x1" in (out / "table" / "table.md").read_text()
+    assert encoded["data"]["simulated"] is False and encoded["shape"][1] == 24 and "| videogpt:resnet linear1x1 (epochs=5, labels=20)" in (out / "table" / "table.md").read_text()
 
     before = (model / "model.safetensors").stat().st_mtime_ns
     assert main(words) == 0

@@ -107,10 +107,10 @@ PLAIN = {f.name: f.default for f in fields(Experiment)}  # default settings, not
 VARIANTS = ("loss", "optimizer", "lr", "weight_decay", "epochs", "labels", "augment")  # settings that are printed beside the head
 
 
-def variant(row) -> str:
-    "The settings of a row that are not default, such as 'labels=25'."
+def variant(row, weights=True) -> str:
+    "The settings of a row that are not default, such as 'labels=25'; its model too, if `weights` and not the default."
     settings = [f"{name}={row[name]}" for name in VARIANTS if not _same(row[name], PLAIN[name])]
-    return ", ".join(settings + [str(row["weights"])] * (row["weights"] != PLAIN["weights"]))
+    return ", ".join(settings + [Path(row["weights"]).name] * (weights and row["weights"] != PLAIN["weights"]))
 
 
 def _same(value, default) -> bool:
@@ -123,7 +123,8 @@ def table(
 ):
     "A DataFrame with one line per printed row: the two protocols side by side, floor, gain and its paired interval."
     import pandas as pd
-    df = df.assign(variant=[variant(row) for _, row in df.iterrows()])
+    several = df.weights.nunique() > 1  # one model for all rows is named in the caption alone
+    df = df.assign(variant=[variant(row, several) for _, row in df.iterrows()])
     keys = ["dataset", "fingerprint", "encoder", "head", "finetune", "variant"]
     lines = [_line(dict(zip(keys, key)), rows, df) for key, rows in df.groupby(keys, sort=False)]
     most = max((line["scored"] for line in lines if "iou" in line), default=0)
@@ -222,7 +223,7 @@ def caption(
     span = lambda counts: " to ".join(f"{count}" for count in sorted({min(counts), max(counts)}))
     kind = "a simulated stand-in for BAIR, not BAIR numbers" if row.simulated else "labelled frames of your own"
     return (f"Mean over images of the IoU at probability .5, scored at {row['size'][0]}x{row['size'][1]} on {row.dataset} "
-            f"({kind}); weights {', '.join(sorted(set(df.weights)))}. IoU: protocol 'corrected', "
+            f"({kind}); weights {', '.join(sorted({Path(weights).name for weights in df.weights}))}. IoU: protocol 'corrected', "
             f"{span(honest.scored)} {row.scored_on} frames of held-out trajectories, {span(honest.train)} training "
             f"labels, mean of {span([*map(len, df.seeds)])} seed(s); "
             "95 % bootstrap over trajectories (units); ‡ unreliable, fewer than 10 of them. Gain: over the best floor, by paired bootstrap. † protocol 'paper': each "
