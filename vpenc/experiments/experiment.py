@@ -86,7 +86,7 @@ class Experiment:
         for what in ("lr", "epochs", "encoder_lr", "layer_decay", "patience", "labels", "test"):
             value = getattr(self, what)
             if value is not None and value <= 0: raise ValueError(f"{what}: {value!r} is not a positive number")
-        if self.augment != int(self.augment) or self.augment < 0: raise ValueError(f"augment: {self.augment!r} is not a number of views; expected 0, 1, 2, ...")
+        if not isinstance(self.augment, int | np.integer) or self.augment < 0: raise ValueError(f"augment: {self.augment!r} is not a number of views; expected 0, 1, 2, ...")
         if self.protocol == "paper" and self.augment: raise ValueError("augment: protocol 'paper' has no augmentation; leave it at 0")
         if self.protocol == "paper" and self.labels != 150:
             raise ValueError("labels: protocol 'paper' draws 200 of all 250 labels; `labels` is a setting of protocol 'corrected'")
