@@ -64,7 +64,7 @@ def draw_labels(
 
 # %% ../../nbs/6_experiments/05_real.ipynb #7bb4e52e
 DRAWS = 8  # frames of each kind that an epoch of these fits reads
-EPOCHS = dict(added=15, alone=30)
+EPOCHS = dict(added=20, alone=30)
 
 
 def few_shot(
@@ -94,7 +94,7 @@ def few_shot(
                 targets.append(transfer.simulated.masks[simulated[some]])
             maps = concatenate([each.take(rows + count * view) for view in range(views) for each, count, rows in mixed])
             probe = fit_probe(
-                maps, np.concatenate(targets), row.head, val=(seen.take(given), masks[given]), views=views, seed=seed, batch=4,
+                maps, np.concatenate(targets), row.head, val=(seen.take(given), masks[given]), views=views, seed=seed, batch=8,
                 epochs=EPOCHS["alone" if alone else "added"], start=None if alone else start, loss=row.loss, optimizer=row.optimizer,
                 lr=start.recipe["lr"], weight_decay=start.recipe["weight_decay"])
             probability[s, out] = probe.predict(seen.take(out))
