@@ -19,7 +19,7 @@ import numpy as np
 
 from ..files import atomic, did_you_mean, progress, write_json
 from .pictures import to_rgb
-from .masks import (SUBPIXELS, LabelledFrames, cover, fit_frame, fit_mask, open_picture, placement, read_label_folder,
+from .masks import (SUBPIXELS, LabelledFrames, cover, fit_frame, fit_mask, open_picture, placement, read_label_arrays, read_label_folder,
                          sample_mask, trajectory_ids)
 
 # %% ../../nbs/1_data/11_coco.ipynb #aa03e68f
@@ -388,20 +388,21 @@ def save_coco(
                                          annotations=annotations, categories=categories))
 
 # %% ../../nbs/1_data/11_coco.ipynb #7e749502
-FORMATS = ("coco", "png", "hdf5")
+FORMATS = ("coco", "png", "npz", "hdf5")
 
 
 def guess_format(
     source,  # file or folder
 ) -> str:
-    "'coco', 'png' or 'hdf5'. FileNotFoundError, or ValueError for what is none of them."
+    "'coco', 'png', 'npz' or 'hdf5'. FileNotFoundError, or ValueError for what is none of them."
     path = Path(source)
     if not path.exists(): raise FileNotFoundError(f"{path}: no such file or folder")
     if path.is_dir(): return "png" if (path/"frames").is_dir() and (path/"masks").is_dir() else "coco"
     if h5py.is_hdf5(path) or path.suffix.lower() in (".h5", ".hdf5"): return "hdf5"
     if path.suffix.lower() in (".json", ".zip"): return "coco"
+    if path.suffix.lower() == ".npz": return "npz"
     raise ValueError(f"{path}: labels in an unknown format; expected a COCO export (folder, .zip or .json), a folder with "
-                     "frames/ and masks/, or HDF5")
+                     "frames/ and masks/, .npz arrays, or HDF5")
 
 
 def import_labels(
@@ -431,9 +432,9 @@ def _numbers(category) -> list:
 
 
 def _resized(path, size, category, trajectory) -> LabelledFrames:
-    "Our own file, at another size if need be; what is known by pixel, such as depth, stays behind then."
+    "Our own file or .npz arrays, at another size if need be; what is known by pixel, such as depth, stays behind then."
     if category or trajectory: raise ValueError(f"{path}: has its masks and trajectories; give no category or trajectory")
-    labels = LabelledFrames.load(path)
+    labels = read_label_arrays(path) if Path(path).suffix.lower() == ".npz" else LabelledFrames.load(path)
     if labels.size == (size, size): return labels
     return replace(labels, frames=np.stack([fit_frame(frame, size) for frame in labels.frames]),
                    masks=np.stack([fit_mask(mask, size) for mask in labels.masks]),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['REQUIRED', 'MAKE_AGAIN', 'SUBPIXELS', 'check_frames', 'check_masks', 'LabelledFrames', 'read_labels', 'load_labels',
            'save_labels', 'placement', 'sample_mask', 'cover', 'fit_frame', 'fit_mask', 'trajectory_ids',
-           'open_picture', 'read_mask', 'pictures_in', 'read_label_folder', 'deal', 'split_by_trajectory',
-           'check_split', 'split_by_frame']
+           'open_picture', 'read_mask', 'pictures_in', 'read_label_folder', 'read_label_arrays', 'deal',
+           'split_by_trajectory', 'check_split', 'split_by_frame']
 
 # %% ../../nbs/1_data/10_masks.ipynb #14f7da96
 import io, math, re, zipfile, zlib
@@ -328,6 +328,22 @@ def _pair(frame, mask, size, values) -> tuple:
     if mask.shape != frame.shape[:2]:
         raise ValueError(f"{path}: mask {mask.shape}; expected {frame.shape[:2]} as its frame")
     return (fit_frame(frame, size), fit_mask(mask, size)) if size else (frame, mask)
+
+# %% ../../nbs/1_data/10_masks.ipynb #0afcd821
+def read_label_arrays(
+    path,  # .npz with `frames` uint8 (N,H,W,3) and `masks` (N,H,W); `trajectory` and `split` (N,) if known
+) -> LabelledFrames:
+    "`LabelledFrames` of the arrays in a file. FileNotFoundError, or ValueError that says what is missing or wrong."
+    path = Path(path)
+    if not path.exists(): raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with np.load(path, allow_pickle=False) as file: arrays = {name: file[name] for name in file.files}
+    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error: raise ValueError(f"{path}: cannot be read as .npz ({error})") from None
+    missing = [name for name in ("frames", "masks") if name not in arrays]
+    if missing: raise ValueError(f"{path}: array {' and '.join(missing)} is missing (it has: {', '.join(arrays)})")
+    frames, masks, ids, split = (arrays.pop(name, None) for name in REQUIRED)
+    if ids is not None and ids.dtype.kind not in "iu": ids = np.unique(ids, return_inverse=True)[1]
+    return LabelledFrames(frames, masks, ids, split, path.stem, {name: value for name, value in arrays.items() if value.shape[:1] == frames.shape[:1]})
 
 # %% ../../nbs/1_data/10_masks.ipynb #04b2d0d4
 def deal(

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PROTOCOLS', 'VALUE_RANGE', 'DOMAINS', 'ADAPTERS', 'TUNING', 'PAPER_TABLE1', 'TABLE1_TAPS', 'TABLE1_FLOORS', 'TAPS',
            'PROBES', 'GRIDS', 'BLOCK', 'KEPT', 'check_encoder', 'Experiment', 'PaperRow', 'table1', 'full', 'smoke',
-           'labels_path', 'make_labels', 'ensure_labels', 'Parts', 'parts_for', 'pieces', 'features_at', 'concatenate',
-           'Stopwatch', 'Fitted', 'fit_experiment', 'same_fit', 'load_labelled', 'blocks', 'code_of', 'fit_frozen',
-           'kept_probe', 'fit_tuned', 'recipe', 'result_of', 'finite', 'score', 'image_means', 'record', 'versions',
-           'peak_memory', 'run_experiment', 'Ranked', 'ranked', 'save_probe', 'Predictor']
+           'labels_path', 'make_labels', 'ensure_labels', 'Parts', 'parts_for', 'pieces', 'features_at',
+           'features_of_views', 'concatenate', 'Stopwatch', 'Fitted', 'fit_experiment', 'same_fit', 'load_labelled',
+           'blocks', 'code_of', 'fit_frozen', 'kept_probe', 'fit_tuned', 'recipe', 'result_of', 'finite', 'score',
+           'image_means', 'record', 'versions', 'peak_memory', 'run_experiment', 'Ranked', 'ranked', 'save_probe',
+           'Predictor']
 
 # %% ../../nbs/6_experiments/01_experiment.ipynb #8068dc25
 import copy, platform, re, secrets, time, warnings
@@ -21,6 +22,7 @@ import torch
 import vpenc
 from ..files import data_home, did_you_mean, digest, locked, read_json, write_json
 from ..identity import Unidentified, identify
+from ..probing.augment import Light, relight
 from ..probing.losses import make_loss
 from ..probing.probe import OPTIMIZERS
 
@@ -63,6 +65,7 @@ class Experiment:
     patience: int | None = None
     labels: int = 150  # maximum number of training frames (protocol 'corrected')
     test: int | None = None  # maximum number of test frames (protocol 'corrected'); None: all
+    augment: int = 0  # changed views of each training frame beside itself (`vpenc.probing.augment`); 0: none (protocol 'corrected')
     seeds: tuple = (0,)  # one probe for each: head initialisation, order, and under 'paper' the split
     weights: str = "videogpt-sim"  # a model's name or folder
     domain: str = "bair"  # of the simulated data: 'bair' or 'camouflage'
@@ -86,6 +89,8 @@ class Experiment:
         for what in ("lr", "epochs", "encoder_lr", "layer_decay", "patience", "labels", "test"):
             value = getattr(self, what)
             if value is not None and value <= 0: raise ValueError(f"{what}: {value!r} is not a positive number")
+        if not isinstance(self.augment, int | np.integer) or self.augment < 0: raise ValueError(f"augment: {self.augment!r} is not a number of views; expected 0, 1, 2, ...")
+        if self.protocol == "paper" and self.augment: raise ValueError("augment: protocol 'paper' has no augmentation; leave it at 0")
         if self.protocol == "paper" and self.labels != 150:
             raise ValueError("labels: protocol 'paper' draws 200 of all 250 labels; `labels` is a setting of protocol 'corrected'")
         for what in TUNING:
@@ -96,7 +101,7 @@ class Experiment:
         "A file name from encoder, head, protocol and all non-default settings."
         plain = Experiment.__dataclass_fields__
         parts = [self.encoder, self.head, self.protocol] + ["finetuned"] * self.finetune
-        named = ("loss", "optimizer", "lr", "weight_decay", "epochs", *TUNING, "labels", "test", "domain")
+        named = ("loss", "optimizer", "lr", "weight_decay", "epochs", *TUNING, "labels", "test", "augment", "domain")
         parts += [f"{f}={getattr(self, f)}" for f in named if getattr(self, f) != plain[f].default]
         parts += [Path(path).stem for path in (self.weights, self.data) if path not in ("", plain["weights"].default)]
         parts += [f"seed={self.seeds[0]}"] * (len(self.seeds) == 1 and self.seeds != (0,))
@@ -118,8 +123,14 @@ def _parameters(self) -> dict:
     return asdict(self) | dict(seeds=",".join(map(str, self.seeds)))
 
 
+def _light(self) -> Light | None:
+    "The changed views of the row's training frames, or None."
+    return Light(views=int(self.augment)) if self.augment else None
+
+
 Experiment.from_parameters = classmethod(_from_parameters)
 Experiment.parameters = _parameters
+Experiment.light = property(_light)
 
 # %% ../../nbs/6_experiments/01_experiment.ipynb #13add8fe
 @dataclass(frozen=True)
@@ -236,7 +247,7 @@ def _inputs(self) -> list[Path]:
 
 def _features(self) -> tuple:
     "Rows with equal keys read the same cached features."
-    return self.encoder, self.protocol, self.weights, self.domain, self.data
+    return self.encoder, self.protocol, self.weights, self.domain, self.data, self.augment
 
 
 def _cost(self) -> float:
@@ -245,7 +256,7 @@ def _cost(self) -> float:
     scored, tap = 50 if paper else self.test or 500, re.search(r"codes|hidden|entropy|resnet|embed|pre|$", self.encoder)[0]
     frame = dict(codes=.33, hidden=.08, entropy=.1).get(tap, .02)
     if "ivideogpt:" in self.encoder: frame = 1.3 if re.search("hidden|next|entropy", self.encoder) else .3
-    extraction = (200 + scored) * frame
+    extraction = (200 + scored + 150 * self.augment) * frame
     fit = dict(unet=12, attention=9, heavy=7, light=5, linear=5).get(self.head, 3) * (2 if paper and self.head in ("unet", "light") else 1)
     tuning = (20 * (self.epochs or 1) + .02 * scored) if self.finetune else 0
     return extraction + (fit + tuning) * len(self.seeds)
@@ -314,6 +325,16 @@ def features_at(
         maps.append(extract(encoder, labelled.frames[piece], cache, batch).take(wanted))
     rows = {index: i for i, index in enumerate(np.concatenate(found).tolist())}
     return concatenate(maps).take([rows[index] for index in np.asarray(indices).tolist()])
+
+
+def features_of_views(encoder, labelled, indices, cache=None, light=None):
+    "FeatureMap of some frames and, with a `Light`, of all their changed views, one view after the other."
+    maps, shown = [features_at(encoder, labelled, indices, cache)], np.isin(labelled.split, np.unique(labelled.split[indices]))
+    for view in range(light.views if light else 0):
+        frames = labelled.frames.copy()
+        frames[shown] = relight(frames[shown], light, view)
+        maps.append(features_at(encoder, replace(labelled, frames=frames), indices, cache))
+    return concatenate(maps)
 
 
 def concatenate(maps):
@@ -417,7 +438,8 @@ def code_of(experiment: Experiment) -> tuple:
     from vpenc.probing.losses import LOSSES
     losses = [LOSSES[name] for name in re.findall("[a-z_]+", experiment.loss) if name in LOSSES]
     family = experiment.encoder.removeprefix("random/").partition(":")[0]
-    try: return identify(HEADS[experiment.head], losses, OPTIMIZERS[experiment.optimizer], ENCODERS.get(family)), ""
+    views = [repr(experiment.light), relight] if experiment.augment else []
+    try: return identify(HEADS[experiment.head], losses, OPTIMIZERS[experiment.optimizer], ENCODERS.get(family), *views), ""
     except Unidentified as error: return secrets.token_hex(8), str(error)
 
 
@@ -428,8 +450,8 @@ def fit_frozen(experiment, encoder, labelled, part, seed, cache) -> tuple:
     def read(indices): return features_at(encoder, labelled, indices, cache)
     def fit():
         val = read(part.val), labelled.masks[part.val]
-        return fit_probe(features, labelled.masks[part.train], experiment.head, val=val, seed=seed, **settings)
-    features, settings = read(part.train), recipe(experiment)
+        return fit_probe(features, labelled.masks[part.train], experiment.head, val=val, seed=seed, views=1 + experiment.augment, **settings)
+    features, settings = features_of_views(encoder, labelled, part.train, cache, experiment.light), recipe(experiment)
     usual = recipe_for(experiment.head, map_shapes(features), experiment.protocol)
     decides = [vpenc.__version__, encoder.fingerprint, labelled.fingerprint, experiment.head, seed, settings, repr(usual)]
     code, why = code_of(experiment)
@@ -463,12 +485,14 @@ def kept_probe(key, fit, cache) -> tuple:
 
 def fit_tuned(experiment, encoder, labelled, part, seed, cache) -> tuple:
     "The same with a copy of the encoder that is trained too; predicts from frames."
+    from vpenc.probing.augment import views
     from vpenc.probing.probe import fine_tune
     frozen = replace(experiment, finetune=False, epochs=None, **{name: getattr(Experiment, name) for name in TUNING})
     start, _, spent = fit_frozen(frozen, encoder, labelled, part, seed, cache)
     val, begun = (labelled.frames[part.val], labelled.masks[part.val]), time.perf_counter()
-    probe = fine_tune(copy.deepcopy(encoder), labelled.frames[part.train], labelled.masks[part.train], experiment.head,
-                      val=val, seed=seed, start=start, **recipe(experiment))
+    frames, masks = labelled.frames[part.train], labelled.masks[part.train]
+    if experiment.light: frames, masks = views(frames, experiment.light), np.tile(masks, (1 + experiment.augment, 1, 1))
+    probe = fine_tune(copy.deepcopy(encoder), frames, masks, experiment.head, val=val, seed=seed, start=start, **recipe(experiment))
     return probe, lambda indices: probe.predict(labelled.frames[indices]), spent + time.perf_counter() - begun
 
 
@@ -494,7 +518,7 @@ def result_of(fitted: Fitted) -> dict:
         data=dict(dataset=labelled.name, fingerprint=labelled.fingerprint, simulated=labelled.name.startswith("sim-"),
                   train=len(first.train), scored=len(first.scored), size=list(labelled.size),
                   scored_on="validation (oracle)" if experiment.protocol == "paper" else "test"),
-        seeds=list(experiment.seeds), scores=scores, iou=float(means.mean()),
+        light=asdict(experiment.light) if experiment.light else None, seeds=list(experiment.seeds), scores=scores, iou=float(means.mean()),
         interval=_interval(bootstrap_interval(means, groups=groups)), units=len(np.unique(groups)),
         per_image=[np.round(values, 5).tolist() for values in per_image], images=[i.tolist() for i in scored],
         trajectory=[labelled.trajectory[i].tolist() for i in scored],
