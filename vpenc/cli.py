@@ -121,14 +121,14 @@ def draw_overlays(labels, sheet: Path, folder=None) -> Path:
 # %% ../nbs/81_cli.ipynb #65d6b47e
 def pretrain(args):
     "`vpenc pretrain`: a video prediction model from clips; resumes when it was interrupted."
-    from vpenc.training.config import configure
-    from vpenc.training.pretrain import pretrain
+    from vpenc.training.pretrain import FAMILIES, pretrain
     changes, data = dict(map(assignment, args.set)), args.data
-    configure(args.preset, **changes)  # complains before clips are simulated
+    _known("model", args.model, FAMILIES)
+    FAMILIES[args.model].configure(args.preset, **changes)  # complains before clips are simulated
     if data == "sim":
         from vpenc.files import data_home
         _clips(data := data_home()/"sim-bair-clips.h5", "bair", args.clips)
-    folder = pretrain(data, args.out, args.preset, stage=args.stage, init=args.init, device=args.device, workers=args.workers,
+    folder = pretrain(data, args.out, args.preset, family=args.model, stage=args.stage, init=args.init, device=args.device, workers=args.workers,
                       tensorboard=not args.no_tensorboard, wandb="vpenc" if args.wandb else None, stop_after=args.stop_after, **changes)
     if os.environ.get("RANK", "0") == "0": print(folder)  # under torchrun, one of many says so
 
@@ -329,13 +329,14 @@ def parser() -> argparse.ArgumentParser:
                         help="share of the videos held out (default: folders train/ and test/ if there, else 0.1)")
     videos.add_argument("--jobs", type=int, metavar="N", help="processes (default: one per core)")
 
-    train = command("pretrain", pretrain, "train a VQ-VAE and a VideoGPT on clips; the same command resumes; torchrun starts several")
+    train = command("pretrain", pretrain, "train a VideoGPT or a MAGVIT on clips; the same command resumes; torchrun starts several")
     train.add_argument("data", metavar="CLIPS", help="HDF5 file of clips, folder of such files, pattern, or sim: simulate them first")
-    train.add_argument("--preset", default="tiny", help="tiny, sim, small or bair (default: tiny)")
+    train.add_argument("--model", default="videogpt", help="videogpt or magvit (default: videogpt)")
+    train.add_argument("--preset", default="tiny", help="tiny, sim, small or bair; of magvit tiny, small, B or L (default: tiny)")
     train.add_argument("--out", required=True, metavar="DIR", help="gets checkpoints, log, pictures and model/")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                        help="a setting, such as steps=500, steps_gpt=800, hidden_dim=96 or aligned=False (repeatable)")
-    train.add_argument("--stage", metavar="STAGE", help="one stage only: vqvae, or gpt on top of it (default: both)")
+    train.add_argument("--stage", metavar="STAGE", help="one stage only: vqvae, or gpt on top of it; of magvit vq, or commit (default: both)")
     train.add_argument("--init", metavar="MODEL", help="start from a model; with --stage gpt, from its VQ-VAE")
     train.add_argument("--device", metavar="NAME", help="cpu or cuda (default: cuda when there is one)")
     train.add_argument("--workers", type=int, metavar="N", help="processes that load clips ahead (default: 0 on a CPU, up to 8 for a GPU)")

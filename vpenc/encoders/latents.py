@@ -55,7 +55,7 @@ def by_depth(
     taps,  # names, as `encode_taps` gives them
 ) -> list:
     "The names in the order in which the model computes them: stages of the ResNet or levels of the encoder, codes, transformer."
-    order = ("resnet:stages[", "resnet", "levels[", "levels", "pre", "vqvae:codes", "ivideogpt:codes", "embed", "layer", "last", "hidden", "next", "entropy", "codes")
+    order = ("resnet:stages[", "resnet", "levels[", "levels", "pre", "vqvae:codes", "ivideogpt:codes", "magvit:codes", "embed", "layer", "last", "hidden", "next", "expected", "entropy", "codes")
     rank = lambda name: next((i for i, part in enumerate(order) if part in name), len(order))
     return sorted(taps, key=lambda name: (rank(name), ":stages" in name and "[" not in name, name))
 
@@ -64,7 +64,7 @@ def short(
     tap,  # 'videogpt:hidden[2]'
 ) -> str:
     "The tap without its family where nothing is lost: 'hidden[2]'; 'resnet:stages[0]' becomes 'stages[0]'."
-    return tap.replace("ivideogpt:", "").replace("videogpt:", "").replace("resnet:stages[", "stages[")
+    return tap.replace("ivideogpt:", "").replace("videogpt:", "").replace("magvit:", "").replace("resnet:stages[", "stages[")
 
 # %% ../../nbs/4_encoders/04_latents.ipynb #0da85860
 def on_grid(

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'VALUE_RANGE', 'DOMAINS', 'ADAPTERS', 'TUNING', 'PAPER_TABLE1', 'TABLE1_TAPS', 'TABLE1_FLOORS', 'TAPS',
-           'PROBES', 'GRIDS', 'BLOCK', 'KEPT', 'check_encoder', 'Experiment', 'PaperRow', 'table1', 'full', 'smoke',
-           'labels_path', 'make_labels', 'ensure_labels', 'Parts', 'parts_for', 'pieces', 'features_at',
-           'features_of_views', 'concatenate', 'Stopwatch', 'Fitted', 'fit_experiment', 'same_fit', 'load_labelled',
-           'blocks', 'code_of', 'fit_frozen', 'kept_probe', 'fit_tuned', 'recipe', 'result_of', 'finite', 'score',
-           'image_means', 'record', 'versions', 'peak_memory', 'run_experiment', 'Ranked', 'ranked', 'save_probe',
-           'Predictor']
+           'PROBES', 'MAGVIT', 'MAGVIT_TAPS', 'GRIDS', 'BLOCK', 'KEPT', 'check_encoder', 'Experiment', 'PaperRow',
+           'table1', 'magvit_rows', 'full', 'smoke', 'labels_path', 'make_labels', 'ensure_labels', 'Parts',
+           'parts_for', 'pieces', 'features_at', 'features_of_views', 'concatenate', 'Stopwatch', 'Fitted',
+           'fit_experiment', 'same_fit', 'load_labelled', 'blocks', 'code_of', 'fit_frozen', 'kept_probe', 'fit_tuned',
+           'recipe', 'result_of', 'finite', 'score', 'image_means', 'record', 'versions', 'peak_memory',
+           'run_experiment', 'Ranked', 'ranked', 'save_probe', 'Predictor']
 
 # %% ../../nbs/6_experiments/01_experiment.ipynb #8068dc25
 import copy, platform, re, secrets, time, warnings
@@ -163,6 +163,9 @@ TABLE1_FLOORS = (("position", "all"), ("position", "prior"), ("pixels", "linear1
 TAPS = ("videogpt:resnet", "videogpt:resnet:stages", "videogpt:codes", "videogpt:embed", "videogpt:hidden[1]",
         "videogpt:hidden[2]", "videogpt:hidden[3]", "videogpt:entropy", "vqvae:pre", "vqvae:codes")
 PROBES = ("linear", "linear1x1", "light", "heavy", "attention")
+MAGVIT = "magvit-sim"  # the model of the MAGVIT rows
+MAGVIT_TAPS = ("magvit:pre", "magvit:levels", "magvit:codes", "magvit:embed", "magvit:hidden[0]", "magvit:hidden[1]", "magvit:hidden[2]",
+               "magvit:expected", "magvit:entropy")  # one pass each, but none of them in `table1`
 
 
 def table1() -> list[dict]:
@@ -181,8 +184,16 @@ def _affordable(row) -> int | None:
     return 256 if re.search(":(embed|pre)", row["encoder"]) else None
 
 
+def magvit_rows(
+    weights=MAGVIT,  # name or folder of a Magvit
+) -> list[dict]:
+    "Every tap of a MAGVIT with a linear probe, each with its random twin."
+    return [dict(encoder=prefix + tap, head="linear1x1", weights=str(weights)) for tap in MAGVIT_TAPS for prefix in ("", "random/")]
+
+
 def full() -> list[dict]:
-    "Everything: taps x heads, random twins, both domains, losses, optimisers, label counts; 5 seeds each."
+    "Everything: taps x heads, random twins, both domains, losses, optimisers, label counts; 5 seeds each. A MAGVIT's, if one named `MAGVIT` is found."
+    from vpenc.models.checkpoints import list_models
     heads = [dict(encoder=prefix + tap, head=head) for tap in TAPS for head in PROBES for prefix in ("", "random/")]
     best = [dict(encoder=encoder, head="attention") for encoder in ("videogpt:resnet", "random/videogpt:resnet")]
     best += [dict(encoder="pixels", head="unet")]
@@ -190,6 +201,7 @@ def full() -> list[dict]:
     optimizers = [row | dict(optimizer=name) for row in best for name in OPTIMIZERS if name != "adamw"]
     counts = [row | dict(labels=n) for row in best for n in (1, 2, 5, 10, 25, 50, 100, 200)]
     rows = table1() + heads + losses + optimizers + counts
+    if MAGVIT in list_models(): rows += magvit_rows()
     rows += [row | dict(domain="camouflage") for row in table1() + heads + counts]
     rows = [row | dict(seeds="0,1,2,3,4", test=None) for row in rows]
     return list({Experiment.from_parameters(**row): row for row in rows}.values())  # each row once

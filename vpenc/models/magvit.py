@@ -182,8 +182,10 @@ def commit_loss(
 
 # %% ../../nbs/2_models/07_magvit.ipynb #721f8548
 def gumbel(like, generator=None):
-    "Gumbel noise of the shape of `like`."
-    u = torch.rand(like.shape, generator=generator, device=like.device).clamp(1e-20, 1 - 1e-7)
+    "Gumbel noise of the shape of `like`; `generator`: of its device, or a list of CPU generators, one for each row."
+    if isinstance(generator, list): u = torch.stack([torch.rand(like.shape[1:], generator=own) for own in generator]).to(like.device)
+    else: u = torch.rand(like.shape, generator=generator, device=like.device)
+    u = u.clamp(1e-20, 1 - 1e-7)
     return -(-u.log()).log()
 
 
@@ -196,7 +198,7 @@ def decode_steps(
     choice_temperature: float = 4.5,  # of the noise on the order in which codes are kept
     temperature: float = 1.0,  # of the drawn codes
     top_k: int | None = None,  # only the k likeliest codes; 1 is greedy
-    generator=None,  # torch.Generator on the model's device
+    generator=None,  # torch.Generator on the model's device, or a list of CPU generators, one for each clip
     guidance: float = 0.0,  # logits + guidance * (logits - those without the frame)
     labels=None,  # int64 (B,)
 ):
