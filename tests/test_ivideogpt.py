@@ -148,7 +148,7 @@ def test_a_row_of_the_table(folder, tmp_path):
 
 def test_the_explorer(folder):
     from vpenc.data.sim import simulate
-    from vpenc.views.explore import Explorer, ExploreState, draw_futures, finish
+    from vpenc.views.explorer import Explorer, ExploreState, draw_futures, finish
     clips = [simulate(i, split="test") for i in range(2)]
     explorer = Explorer({"sim": clips}, str(folder), device="cpu")
     state = ExploreState(frame=2)
