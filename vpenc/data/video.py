@@ -107,7 +107,7 @@ def as_clip(
     memory_format: torch.memory_format = torch.contiguous_format,  # or torch.channels_last_3d: the same values, sooner
 ) -> torch.Tensor:  # (B, 3, T, H, W) float32
     "Stored video as a batch of clips for a video model."
-    x = torch.as_tensor(x)
+    x = torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x)  # PyTorch takes no negative strides
     layouts = 'uint8 (T,H,W,3) or (B,T,H,W,3)'
     if x.dtype != torch.uint8: raise ValueError(f'the clip is {x.dtype} of shape {tuple(x.shape)}: expected {layouts}')
     _check_shape(x, (4, 5), layouts)
