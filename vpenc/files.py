@@ -63,7 +63,7 @@ def read_json(path):
     "Read JSON; ValueError names the file when it is not valid."
     path = Path(path)
     try: return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error: raise ValueError(f"{path} is not valid JSON: {error}") from None
+    except (ValueError, RecursionError) as error: raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 # %% ../nbs/00_files.ipynb #a9eb770f
 @contextlib.contextmanager

@@ -67,9 +67,19 @@ class Experiment:
     name: str = ""  # of the files and of the row; empty: built from the non-default values
 
     def __post_init__(self):
-        object.__setattr__(self, "seeds", tuple(int(seed) for seed in self.seeds))
+        try: object.__setattr__(self, "seeds", tuple(int(seed) for seed in self.seeds))
+        except (TypeError, ValueError, OverflowError): raise ValueError(f"seeds: {self.seeds!r} is not a list of whole numbers such as (0, 1, 2)") from None
+        for f in fields(self): self._check_type(f.name, f.type)
         self._check()
         if not self.name: object.__setattr__(self, "name", self._name())
+
+    def _check_type(self, name, kind):
+        "ValueError for a value of another type; whole numbers are good for numbers, and NumPy's are Python's."
+        value = getattr(self, name)
+        if isinstance(value, np.generic): object.__setattr__(self, name, value := value.item())
+        fits = isinstance(value, kind) or type(value) is int and isinstance(0., kind)
+        if not fits or isinstance(value, bool) and kind is not bool:
+            raise ValueError(f"{name}: {value!r} is a {type(value).__name__}; expected {getattr(kind, '__name__', kind)}")
 
     def _check(self):
         "ValueError names the parameter, its value and what was expected."
@@ -80,9 +90,12 @@ class Experiment:
                                    ("optimizer", self.optimizer, OPTIMIZERS), ("domain", self.domain, DOMAINS)):
             if value not in known: raise ValueError(f"{what}: unknown {value!r}{did_you_mean(value, known)}")
         if not self.seeds: raise ValueError("seeds: none given; expected at least one, such as '0,1,2'")
+        if min(self.seeds) < 0 or max(self.seeds) >= 2**63: raise ValueError(f"seeds: {self.seeds}; expected numbers from 0 to 2^63 - 1")
+        if re.search(r"[/\\\0\n]", self.name) or self.name.startswith("."):
+            raise ValueError(f"name: {self.name!r} is not the name of a file; expected one without slashes that does not begin with a dot")
         for what in ("lr", "epochs", "encoder_lr", "layer_decay", "patience", "labels", "test"):
             value = getattr(self, what)
-            if value is not None and value <= 0: raise ValueError(f"{what}: {value!r} is not a positive number")
+            if value is not None and not 0 < value < float("inf"): raise ValueError(f"{what}: {value!r} is not a positive number")
         if self.protocol == "paper" and self.labels != 150:
             raise ValueError("labels: protocol 'paper' draws 200 of all 250 labels; `labels` is a setting of protocol 'corrected'")
         for what in TUNING:

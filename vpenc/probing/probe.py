@@ -9,6 +9,7 @@ __all__ = ['RECIPES', 'GRID_RECIPES', 'PAPER_RECIPES', 'OPTIMIZERS', 'SCHEDULES'
 
 # %% ../../nbs/5_probing/04_probe.ipynb #3d55abe0
 import copy, math, warnings
+from pickle import UnpicklingError
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -488,11 +489,18 @@ def _load(cls, folder) -> Probe:
     "Load a saved probe; a warning says when its head's code is another by now. FileNotFoundError names a folder without one."
     folder = Path(folder)
     if not (folder/"probe.json").exists(): raise FileNotFoundError(f"{folder}: no probe.json; expected a folder written by Probe.save")
+    try: return _read(cls, folder)
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ValueError, EOFError, OSError, MemoryError, UnpicklingError) as error:
+        raise ValueError(f"{folder}: not a whole probe ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from None
+
+
+def _read(cls, folder):
     recipe, tensors = read_json(folder/"probe.json"), torch.load(folder/"probe.pt", map_location="cpu", weights_only=True)
     extra = {name: recipe.pop(name) for name in ("threshold", "history", "epoch", "val_iou", "encoder", "rank")}
     code = recipe.pop("code", "")  # probes of earlier versions have none
     if code and code != _head_code(HEADS[_known("head", recipe["head"], HEADS)]):
-        warnings.warn(f"{folder}: the code of head {recipe['head']!r} is not that with which this probe was fitted", stacklevel=2)
+        warnings.warn(f"{folder}: the code of head {recipe['head']!r} is not that with which this probe was fitted", stacklevel=3)
+    _check_room(recipe["head"], [tuple(s) for s in recipe["shapes"]], recipe["size"], recipe["options"])
     head = HEADS[recipe["head"]]([tuple(s) for s in recipe["shapes"]], tuple(recipe["size"]), **recipe["options"])
     if extra["rank"]: head.set_rank(extra["rank"])
     head.load_state_dict(tensors["head"])
