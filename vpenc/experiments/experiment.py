@@ -76,6 +76,7 @@ class Experiment:
     def _check_type(self, name, kind):
         "ValueError for a value of another type; whole numbers are good for numbers, and NumPy's are Python's."
         value = getattr(self, name)
+        if isinstance(value, Path): object.__setattr__(self, name, value := str(value))
         if isinstance(value, np.generic): object.__setattr__(self, name, value := value.item())
         fits = isinstance(value, kind) or type(value) is int and isinstance(0., kind)
         if not fits or isinstance(value, bool) and kind is not bool:
