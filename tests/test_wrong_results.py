@@ -93,7 +93,7 @@ def test_a_redefined_head_is_fitted_again(tmp_path, registered):
 def test_a_probe_says_when_the_code_of_its_head_is_another(tmp_path, registered):
     class Mine(LocalLinearHead): pass
     HEADS["mine"] = Mine
-    data = toy(8, trajectories=np.arange(8)) if False else toy(9)
+    data = toy(9)
     pixels = extract(load_encoder("pixels"), data.frames, cache=False)
     fit_probe(pixels, data.masks, "mine", epochs=1).save(tmp_path)
     with warnings.catch_warnings():
@@ -112,7 +112,7 @@ def test_a_probe_refuses_a_replaced_model(tmp_path, capsys):
     row = Experiment(encoder="vqvae:pre", head="linear1x1", labels=2, epochs=1, weights=str(tmp_path/"model"))
     save_probe(fit_experiment(row, frames, cache=tmp_path/"cache"), tmp_path/"probe")
     assert Predictor(tmp_path/"probe")(frames.frames).shape == (6, 64, 64)
-    with torch.no_grad(): model.vqvae.pre_vq_conv.conv.weight.add_(.1) if hasattr(model.vqvae.pre_vq_conv, "conv") else next(model.vqvae.pre_vq_conv.parameters()).add_(.1)
+    with torch.no_grad(): next(model.vqvae.pre_vq_conv.parameters()).add_(.1)
     save_pretrained(model.vqvae, tmp_path/"model")
     with pytest.raises(ValueError, match="other weights") as error: Predictor(tmp_path/"probe")
     assert "\n" not in str(error.value)
@@ -215,8 +215,8 @@ def test_a_head_wider_than_memory_is_refused_before_it_is_built(registered):
     HEADS["wide"] = Wide
     data = toy(9)
     pixels = extract(load_encoder("pixels"), data.frames, cache=False)
-    with pytest.raises(MemoryError, match="training takes 16000.. GB|training takes 1600001.. GB|GB are left") as error: fit_probe(pixels, data.masks, "wide")
-    assert "\n" not in str(error.value) and "100,000,100,000,0" in str(error.value)
+    with pytest.raises(MemoryError, match="training takes 1600001.6 GB") as error: fit_probe(pixels, data.masks, "wide")
+    assert "\n" not in str(error.value) and "has 100,000,100,000,004 weights" in str(error.value)
 
 
 # ---- empty masks
