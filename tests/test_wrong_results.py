@@ -265,3 +265,24 @@ def test_negative_strides_are_read():
     assert torch.equal(as_frames(clip[..., ::-1]), as_frames(clip[..., ::-1].copy()))
     encoder = load_encoder("pixels")
     assert torch.equal(encoder(clip[:, ::-1]).values, encoder(clip[:, ::-1].copy()).values)
+
+
+# ---- intervals
+@pytest.mark.parametrize("units, said", [(1, "no interval"), (2, "‡"), (9, "‡"), (10, "to")])
+def test_intervals_name_their_units(tmp_path, units, said):
+    "One trajectory gives no interval, fewer than ten a marked one; the table holds their number."
+    from vpenc.experiments.results import collect, table, words
+    from vpenc.files import write_json
+    data = toy(36)
+    data.trajectory = np.arange(36) + 100
+    data.trajectory[24:] = np.minimum(np.arange(12), units - 1)  # of the test frames
+    for head in ("linear1x1", "prior"):
+        encoder = "pixels" if head == "linear1x1" else "position"
+        result = fit_experiment(Experiment(encoder=encoder, head=head, labels=12, epochs=1), data, cache=tmp_path/"cache").result
+        assert result["units"] == units and (result["interval"] is None) == (units < 2)
+        write_json(tmp_path/"out"/f"{head}.json", result)
+    text = words(table(collect(tmp_path/"out")))
+    assert set(text.units) == {str(units)}
+    for cell in text["95 % interval"]:
+        assert said in cell and ("‡" in cell) == (2 <= units < 10)
+    if units < 2: assert all("no interval" in cell for cell in text.gain if cell)
