@@ -71,11 +71,30 @@ def test_a_job_is_not_done_when_the_code_of_its_head_changed(tmp_path, registere
 
 def test_a_job_is_not_done_when_the_code_of_its_loss_changed(tmp_path, registered):
     toy().save(tmp_path/"labels.h5")
+    def define(factor):
+        def mine(logits, masks): return factor * bce(logits, masks)
+        LOSSES["mine"] = mine
+    row = dict(head="linear1x1", loss="0.5*mine+dice")
+    define(1)
+    finish(jobs(tmp_path, **row)[0])
+    define(1)
+    assert jobs(tmp_path, **row)[0].done()
+    define(2)
+    assert not jobs(tmp_path, **row)[0].done()
+
+
+def test_what_cannot_be_told_apart_is_never_done(tmp_path, registered):
+    toy().save(tmp_path/"labels.h5")
     LOSSES["mine"] = lambda logits, masks: bce(logits, masks)
-    finish(jobs(tmp_path, head="linear1x1", loss="0.5*mine+dice")[0])
-    assert jobs(tmp_path, head="linear1x1", loss="0.5*mine+dice")[0].done()
-    LOSSES["mine"] = lambda logits, masks: 2 * bce(logits, masks)
-    assert not jobs(tmp_path, head="linear1x1", loss="0.5*mine+dice")[0].done()
+    finish(jobs(tmp_path, head="linear1x1", loss="mine")[0])
+    assert not jobs(tmp_path, head="linear1x1", loss="mine")[0].done()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_the_librarys_own_code_can_be_told_apart(optimizer):
+    from vpenc.experiments.experiment import code_of
+    for loss in LOSSES:
+        for head in HEADS: assert code_of(Experiment(head=head, optimizer=optimizer, loss=loss))[1] == ""
 
 
 def test_a_redefined_head_is_fitted_again(tmp_path, registered):
