@@ -138,7 +138,7 @@ def test_a_probe_refuses_a_replaced_model(tmp_path, capsys):
 
 
 # ---- the cache
-TAPS = [tap for tap in tap_names() if tap.startswith(("videogpt:", "vqvae:")) and tap != "videogpt:codes"]
+TAPS = [tap for tap in dict.fromkeys(tap_names()) if tap.startswith(("videogpt:", "vqvae:")) and tap != "videogpt:codes"]
 
 
 @pytest.mark.parametrize("tap", TAPS)
@@ -177,11 +177,12 @@ def test_few_labels_and_batches_of_one(head, labels, batch):
 
 @pytest.mark.parametrize("head", ["unet", "heavy"])
 def test_a_batch_of_one_with_a_bottleneck_of_one_cell(head):
-    "BatchNorm cannot normalise a single number: one clear line, or a result."
+    "BatchNorm cannot normalise a single number: one clear line."
     data = toy(6, 16)
     pixels = extract(load_encoder("pixels"), data.frames, cache=False)
-    probe = fit_probe(pixels.take(slice(2)), data.masks[:2], head, val=(pixels.take(slice(4, 6)), data.masks[4:]), epochs=1, batch=1)
-    assert np.isfinite(probe.predict(pixels)).all()
+    fit = lambda batch: fit_probe(pixels.take(slice(2)), data.masks[:2], head, val=(pixels.take(slice(4, 6)), data.masks[4:]), epochs=1, batch=batch)
+    with pytest.raises(ValueError, match="cannot be trained with one frame a step") as error: fit(1)
+    assert "\n" not in str(error.value) and np.isfinite(fit(2).predict(pixels)).all()
 
 
 @pytest.mark.parametrize("head", ["linear", "linear1x1", "light", "attention"])
@@ -268,7 +269,7 @@ def test_more_likeliest_codes_than_there_are_means_all():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["videogpt:resnet", "vqvae:pre", "pixels", "position"])
+@pytest.mark.parametrize("name", ["videogpt:resnet", "pixels", "position"])
 def test_half_encoders_give_float32_features(dtype, name):
     frames = toy(3, 64).frames
     encoder = load_encoder(name, device="cpu")
