@@ -128,7 +128,7 @@ def _from_parameters(cls, seed=0, seeds="", **parameters):
     for name in parameters:
         if name not in known: raise ValueError(f"unknown parameter {name!r}{did_you_mean(name, [*known, 'seed'])}")
     try: numbers = [int(part) for part in str(seeds).split(",")] if str(seeds).strip() else [int(seed)]
-    except ValueError: raise ValueError(f"seeds: {seeds!r} is not a list of whole numbers such as '0,1,2'") from None
+    except (TypeError, ValueError, OverflowError): raise ValueError(f"seeds: {seeds or seed!r} is not a list of whole numbers such as '0,1,2'") from None
     return cls(**parameters, seeds=numbers)
 
 

@@ -64,7 +64,7 @@ def _present(result: dict) -> dict:
 
 def _row_key(result) -> tuple:
     "The settings and the data that two runs of one row share."
-    return (*(str(result["experiment"].get(name)) for name in ROW), result["data"]["fingerprint"])
+    return (*(str(result["experiment"].get(name)) for name in ROW), str(result["data"]["fingerprint"]))
 
 # %% ../../nbs/6_experiments/04_results.ipynb #594fb183
 def _joined(runs: list[dict]) -> dict:
