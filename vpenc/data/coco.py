@@ -151,7 +151,7 @@ def coco_files(
     if root.is_file() and root.suffix.lower() != ".zip": return [load_coco(root)]
     if root.is_file():
         try: root = zipfile.Path(root)
-        except zipfile.BadZipFile as error: raise ValueError(f"{root}: is not a whole zip archive ({error})") from None
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error: raise ValueError(f"{root}: is not a whole zip archive ({error})") from None
     folders = [root]
     for _ in range(3):  # here, in train/valid/test, or in those of a folder inside
         found = [each for each in folders if (each/COCO_JSON).is_file()]

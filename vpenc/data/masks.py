@@ -244,7 +244,7 @@ def open_picture(
     try:
         picture = Image.open(io.BytesIO(path.read_bytes()))  # at once: seeking inside an archive is slow
         picture.load()
-    except (OSError, ValueError, EOFError, SyntaxError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError, RuntimeError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as a picture ({error})") from None
     turned = upright(picture)  # as labelling tools show it, unless the label fits only the picture as it is stored
     return picture if size and picture.size == tuple(size) != turned.size else turned
