@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 OUT    ?= outputs/table1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: table1 bair test test-browser docs check lab install dev reference clean help
+.PHONY: table1 bair test fuzz faults test-browser docs check lab install dev reference clean help
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,6 +48,12 @@ check: dev  ## notebooks and library in step, README made from nbs/index.ipynb, 
 test: dev check  ## sync, library notebooks, tests/
 	$(BIN)/nbdev_test --n_workers $(JOBS) --skip_folder_re '^(analysis|_)' --timing
 	$(BIN)/python -m pytest tests
+
+fuzz: dev  ## damaged and hostile files, for long (FUZZ=20 times what `make test` tries, other seeds)
+	VPENC_FUZZ=$(or $(FUZZ),20) $(BIN)/python -m pytest tests/test_fuzz.py
+
+faults: dev  ## kill -9, full disk, no memory and other faults, tried for real; prints a table (root may mount what it needs)
+	$(BIN)/python tools/faults.py
 
 $(BIN)/.browser: $(BIN)/.dev
 	$(BIN)/python -m pip install -q -e '.[browser]' -c constraints.txt

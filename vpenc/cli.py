@@ -417,6 +417,7 @@ def main(
     except BrokenPipeError: return 0  # the reader, such as `head`, has seen enough
     except ModuleNotFoundError as error: problem = f"{error.name} is missing; pip install 'vpenc[notebook]' brings it"
     except (ImportError, ValueError, OSError) as error: problem = error
+    except MemoryError as error: problem = f"out of memory: {error or 'take fewer jobs, fewer or smaller frames, or a smaller head'}"
     except KeyboardInterrupt:
         print("vpenc: interrupted; the same command goes on from here", file=sys.stderr)
         return 130

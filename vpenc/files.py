@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['atomic', 'write_json', 'read_json', 'locked', 'digest', 'file_sha256', 'project_root', 'data_home', 'run_children',
-           'progress', 'did_you_mean']
+           'memory_left', 'progress', 'did_you_mean']
 
 # %% ../nbs/00_files.ipynb #85643f35
 import contextlib, difflib, errno, hashlib, json, os, subprocess, sys, tempfile, time
@@ -63,7 +63,7 @@ def read_json(path):
     "Read JSON; ValueError names the file when it is not valid."
     path = Path(path)
     try: return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error: raise ValueError(f"{path} is not valid JSON: {error}") from None
+    except (ValueError, RecursionError) as error: raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 # %% ../nbs/00_files.ipynb #a9eb770f
 @contextlib.contextmanager
@@ -140,6 +140,23 @@ def run_children(
                     raise ChildProcessError((log.read().strip().splitlines() or ["a worker was killed"])[-1])
             if not running: return
             time.sleep(.1)
+
+# %% ../nbs/00_files.ipynb #d1e2f302
+def memory_left() -> float:
+    "Bytes that this process may still take: of the machine, of its control group, of `ulimit -v`; infinite where none of them tells."
+    left = [float("inf")]
+    with contextlib.suppress(OSError):  # not Linux
+        about = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        left.append(int(about["MemAvailable"].split()[0]) * 1024)
+    with contextlib.suppress(OSError, ValueError):  # no control group, or no limit ("max")
+        group = Path("/sys/fs/cgroup")
+        cache = dict(line.split() for line in (group/"memory.stat").read_text().splitlines())
+        left.append(int((group/"memory.max").read_text()) - int((group/"memory.current").read_text()) + int(cache["inactive_file"]))
+    with contextlib.suppress(ImportError, OSError):  # Windows has no such limit
+        import resource
+        limit, used = resource.getrlimit(resource.RLIMIT_AS)[0], int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        if limit != resource.RLIM_INFINITY: left.append(limit - used)
+    return max(0, min(left))
 
 # %% ../nbs/00_files.ipynb #c802f72f
 def progress(

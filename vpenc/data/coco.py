@@ -9,7 +9,7 @@ __all__ = ['COCO_JSON', 'PARTS', 'FIELDS', 'SIDES', 'FORMATS', 'fill_polygon', '
            'import_labels', 'describe']
 
 # %% ../../nbs/1_data/11_coco.ipynb #2c2a6a31
-import json, re, zipfile
+import json, re, zipfile, zlib
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,7 +109,7 @@ class CocoFile:
 def _records(path) -> dict:
     "The three lists of records in a JSON; ValueError names the first record that lacks something."
     try: content = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (ValueError, RecursionError, zipfile.BadZipFile) as error:
+    except (ValueError, RecursionError, OSError, EOFError, NotImplementedError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: is not valid JSON, perhaps cut off ({error})") from None
     for kind, fields in FIELDS.items():
         records = content.get(kind) if isinstance(content, dict) else None
@@ -151,7 +151,7 @@ def coco_files(
     if root.is_file() and root.suffix.lower() != ".zip": return [load_coco(root)]
     if root.is_file():
         try: root = zipfile.Path(root)
-        except zipfile.BadZipFile as error: raise ValueError(f"{root}: is not a whole zip archive ({error})") from None
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error: raise ValueError(f"{root}: is not a whole zip archive ({error})") from None
     folders = [root]
     for _ in range(3):  # here, in train/valid/test, or in those of a folder inside
         found = [each for each in folders if (each/COCO_JSON).is_file()]

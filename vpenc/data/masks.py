@@ -134,7 +134,7 @@ def read_labels(
         with h5py.File(path, "r") as file:
             arrays = {key: data[:] for key, data in file.items() if isinstance(data, h5py.Dataset)}
             attributes = dict(file.attrs)
-    except (OSError, RuntimeError) as error:  # h5py's words for a truncated file, a broken chunk, or no HDF5 at all
+    except (OSError, RuntimeError, LookupError, TypeError, MemoryError) as error:  # h5py's words for a truncated file, a broken chunk, or no HDF5 at all
         raise ValueError(f"{path}: cannot be read as HDF5, it is cut off or damaged ({error}); {MAKE_AGAIN}") from None
     missing = [key for key in REQUIRED if key not in arrays]
     if missing:
@@ -244,7 +244,7 @@ def open_picture(
     try:
         picture = Image.open(io.BytesIO(path.read_bytes()))  # at once: seeking inside an archive is slow
         picture.load()
-    except (OSError, ValueError, EOFError, SyntaxError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError, RuntimeError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as a picture ({error})") from None
     turned = upright(picture)  # as labelling tools show it, unless the label fits only the picture as it is stored
     return picture if size and picture.size == tuple(size) != turned.size else turned

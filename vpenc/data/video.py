@@ -7,7 +7,7 @@ __all__ = ['VALUE_RANGES', 'FIELDS', 'RESERVE', 'convert_range', 'check_range', 
            'sensor_noise', 'write_clips', 'cut', 'ClipStore']
 
 # %% ../../nbs/1_data/01_video.ipynb #bfe377df
-import errno, math, os, shutil
+import contextlib, errno, math, os, shutil
 from pathlib import Path
 
 import h5py
@@ -107,7 +107,7 @@ def as_clip(
     memory_format: torch.memory_format = torch.contiguous_format,  # or torch.channels_last_3d: the same values, sooner
 ) -> torch.Tensor:  # (B, 3, T, H, W) float32
     "Stored video as a batch of clips for a video model."
-    x = torch.as_tensor(x)
+    x = torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x)  # PyTorch takes no negative strides
     layouts = 'uint8 (T,H,W,3) or (B,T,H,W,3)'
     if x.dtype != torch.uint8: raise ValueError(f'the clip is {x.dtype} of shape {tuple(x.shape)}: expected {layouts}')
     _check_shape(x, (4, 5), layouts)
@@ -234,13 +234,20 @@ class _ClipFile:
     def __init__(self, path):
         self.path = Path(path)
         self._file, self._process, self._maps = None, None, {}
-        with self._open() as file:
+        with self._open() as file, self._whole():
             self.splits = tuple(sorted(name[:-5] for name in file if name.endswith('_data')))  # e.g. ('test', 'train')
             if not self.splits: raise ValueError(f'{path} has no clips: expected datasets train_data and train_idx')
             self.attrs = dict(file.attrs)
             self._starts = {split: self._read_starts(file, split) for split in self.splits}
             self._ids = {split: self._read_ids(file, split) for split in self.splits}
             self.fields = {split: tuple(f for f in FIELDS if f'{split}_{f}' in file) for split in self.splits}
+
+    @contextlib.contextmanager
+    def _whole(self):
+        "What HDF5 says of damaged datasets, as one line."
+        try: yield
+        except (LookupError, OSError, RuntimeError, TypeError, AttributeError, MemoryError) as error:
+            raise ValueError(f'{self.path} is damaged, or of another layout ({" ".join(str(error).split())})') from None
 
     def _open(self):
         if not self.path.is_file(): raise FileNotFoundError(f'no such clip file: {self.path}')
@@ -337,7 +344,7 @@ class ClipStore(_ClipFile):
             known = did_you_mean(name, ('data', *self.fields[split]))
             raise ValueError(f'{self.path} has no field {name!r} in split {split!r}{known}')
         first = self._starts[split][i] + start
-        return self.file[f'{split}_{name}'][first:first + length]
+        with self._whole(): return self.file[f'{split}_{name}'][first:first + length]
 
     def clip(self, split, i, start=0, length=None):
         "Frames [start, start + length) of trajectory `i` with their sensor noise: uint8 (T, H, W, 3)."

@@ -73,9 +73,20 @@ class Experiment:
     name: str = ""  # of the files and of the row; empty: built from the non-default values
 
     def __post_init__(self):
-        object.__setattr__(self, "seeds", tuple(int(seed) for seed in self.seeds))
+        try: object.__setattr__(self, "seeds", tuple(int(seed) for seed in self.seeds))
+        except (TypeError, ValueError, OverflowError): raise ValueError(f"seeds: {self.seeds!r} is not a list of whole numbers such as (0, 1, 2)") from None
+        for f in fields(self): self._check_type(f.name, f.type)
         self._check()
         if not self.name: object.__setattr__(self, "name", self._name())
+
+    def _check_type(self, name, kind):
+        "ValueError for a value of another type; whole numbers are good for numbers, and NumPy's are Python's."
+        value = getattr(self, name)
+        if isinstance(value, Path): object.__setattr__(self, name, value := str(value))
+        if isinstance(value, np.generic): object.__setattr__(self, name, value := value.item())
+        fits = isinstance(value, kind) or type(value) is int and isinstance(0., kind)
+        if not fits or isinstance(value, bool) and kind is not bool:
+            raise ValueError(f"{name}: {value!r} is a {type(value).__name__}; expected {getattr(kind, '__name__', kind)}")
 
     def _check(self):
         "ValueError names the parameter, its value and what was expected."
@@ -86,9 +97,12 @@ class Experiment:
                                    ("optimizer", self.optimizer, OPTIMIZERS), ("domain", self.domain, DOMAINS)):
             if value not in known: raise ValueError(f"{what}: unknown {value!r}{did_you_mean(value, known)}")
         if not self.seeds: raise ValueError("seeds: none given; expected at least one, such as '0,1,2'")
+        if min(self.seeds) < 0 or max(self.seeds) >= 2**63: raise ValueError(f"seeds: {self.seeds}; expected numbers from 0 to 2^63 - 1")
+        if re.search(r"[/\\\0\n]", self.name) or self.name.startswith("."):
+            raise ValueError(f"name: {self.name!r} is not the name of a file; expected one without slashes that does not begin with a dot")
         for what in ("lr", "epochs", "encoder_lr", "layer_decay", "patience", "labels", "test"):
             value = getattr(self, what)
-            if value is not None and value <= 0: raise ValueError(f"{what}: {value!r} is not a positive number")
+            if value is not None and not 0 < value < float("inf"): raise ValueError(f"{what}: {value!r} is not a positive number")
         if not isinstance(self.augment, int | np.integer) or self.augment < 0: raise ValueError(f"augment: {self.augment!r} is not a number of views; expected 0, 1, 2, ...")
         if self.protocol == "paper" and self.augment: raise ValueError("augment: protocol 'paper' has no augmentation; leave it at 0")
         if self.protocol == "paper" and self.labels != 150:
@@ -114,7 +128,7 @@ def _from_parameters(cls, seed=0, seeds="", **parameters):
     for name in parameters:
         if name not in known: raise ValueError(f"unknown parameter {name!r}{did_you_mean(name, [*known, 'seed'])}")
     try: numbers = [int(part) for part in str(seeds).split(",")] if str(seeds).strip() else [int(seed)]
-    except ValueError: raise ValueError(f"seeds: {seeds!r} is not a list of whole numbers such as '0,1,2'") from None
+    except (TypeError, ValueError, OverflowError): raise ValueError(f"seeds: {seeds or seed!r} is not a list of whole numbers such as '0,1,2'") from None
     return cls(**parameters, seeds=numbers)
 
 

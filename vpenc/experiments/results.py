@@ -34,11 +34,19 @@ def collect(
     import pandas as pd
     folder = Path(folder)
     if not folder.is_dir(): raise FileNotFoundError(f"{folder}: no such folder of results")
-    results = [_present(result) for result in map(read_json, sorted(folder.glob("*.json"))) if _is_result(result)]
+    results = [_present(result) | dict(path=path) for path in sorted(folder.glob("*.json")) if _is_result(result := read_json(path))]
     if not results: raise ValueError(f"{folder}: no results in it; `vpenc run table1 --out {folder}` makes them")
     rows = {}
-    for result in results: rows.setdefault(_row_key(result), []).append(result)
-    return pd.DataFrame([_joined(runs) for runs in rows.values()])
+    for result in results: rows.setdefault(_whole(lambda runs: _row_key(runs[0]), [result]), []).append(result)
+    return pd.DataFrame([_whole(_joined, runs) for runs in rows.values()])
+
+
+def _whole(read, runs):
+    "`read(runs)`; ValueError names the file when something in a result is missing or of another kind."
+    try: return read(runs)
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        where = ", ".join(run["path"].name for run in runs)
+        raise ValueError(f"{where}: not a whole result ({type(error).__name__}: {' '.join(str(error).split())}); delete it and run again") from None
 
 
 def _is_result(value) -> bool:
@@ -48,6 +56,7 @@ def _is_result(value) -> bool:
 
 def _present(result: dict) -> dict:
     "A result with its settings under their present names: `domain` was `look`, and there was no `augment`, before this version."
+    if not isinstance(result.get("experiment"), dict): return result
     result["experiment"].setdefault("domain", result["experiment"].pop("look", "bair"))
     result["experiment"].setdefault("augment", 0)  # results from before there was any
     return result
@@ -55,7 +64,7 @@ def _present(result: dict) -> dict:
 
 def _row_key(result) -> tuple:
     "The settings and the data that two runs of one row share."
-    return (*(str(result["experiment"].get(name)) for name in ROW), result["data"]["fingerprint"])
+    return (*(str(result["experiment"].get(name)) for name in ROW), str(result["data"]["fingerprint"]))
 
 # %% ../../nbs/6_experiments/04_results.ipynb #594fb183
 def _joined(runs: list[dict]) -> dict:

@@ -7,7 +7,7 @@ __all__ = ['TYPES', 'read_grid', 'find_notebook', 'notebook_parameters', 'check_
            'Outcome', 'run_jobs', 'kill_kernels', 'run_grid', 'plan_grid', 'report']
 
 # %% ../../nbs/6_experiments/03_runner.ipynb #df17abd3
-import contextlib, functools, itertools, logging, os, shutil, sys, threading, time
+import contextlib, functools, itertools, logging, os, re, shutil, sys, threading, time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +52,7 @@ def _grid_file(path: Path) -> list:
     if path.suffix != ".toml": rows = read_json(path)
     else:
         try: rows = tomllib.loads(path.read_text(encoding="utf-8")).get("row", [])
-        except tomllib.TOMLDecodeError as error: raise ValueError(f"{path} is not valid TOML: {error}") from None
+        except (ValueError, RecursionError) as error: raise ValueError(f"{path} is not valid TOML: {error}") from None
     if not isinstance(rows, list): raise ValueError(f"{path}: expected a list of rows, got a {type(rows).__name__}")
     return rows
 
@@ -145,10 +145,10 @@ class Job:
     def done(self) -> bool:
         "Whether notebook and JSON exist, without exception and from the same inputs."
         if not (self.result.exists() and self.notebook.exists()): return False
-        try: metadata = read_json(self.notebook)["metadata"]
-        except (ValueError, KeyError): return False
-        finished = not metadata.get("papermill", {}).get("exception", "not run")
-        return finished and metadata.get("vpenc", {}).get("digest") == self.digest
+        try:
+            metadata = read_json(self.notebook)["metadata"]
+            return not metadata["papermill"]["exception"] and metadata["vpenc"]["digest"] == self.digest
+        except (ValueError, LookupError, TypeError): return False  # damaged, or not by this library
 
 
 def make_jobs(
@@ -203,6 +203,7 @@ def execute(
     except PapermillExecutionError as error: reason = f"{error.ename}: {error.evalue}".splitlines()[0]
     except Exception as error: reason = f"{type(error).__name__}: {error}".splitlines()[0]
     if running.exists() and not stopped.is_set(): _sign(running, "" if reason else job.digest, job.notebook)
+    if re.search("DeadKernel|Kernel died|allocate memory|out of memory", reason): reason += "; when memory ran out: fewer --jobs, or a smaller head"
     return reason
 
 

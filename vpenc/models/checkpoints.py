@@ -343,7 +343,10 @@ def model_kind(path):
     "Name of the class of the model in a folder, where it tells; None for a file."
     path = Path(path)
     if (path / "tokenizer").is_dir() and (path / "transformer").is_dir(): return "IVideoGPT"
-    return read_json(path / "config.json").get("model") if (path / "config.json").is_file() else None
+    if not (path / "config.json").is_file(): return None
+    about = read_json(path / "config.json")
+    if not isinstance(about, dict): raise ValueError(f"{path / 'config.json'}: a description of a model expected; got a {type(about).__name__}")
+    return about.get("model")
 
 
 def model_files(path) -> list:
@@ -381,13 +384,13 @@ def save_pretrained(
 def read_folder(folder):
     "The model in a folder written by `save_pretrained`, whose SHA-256 is checked, or in one of a guest."
     from safetensors import SafetensorError, safe_open
-    folder, kind = Path(folder), model_kind(folder)
+    folder, kind = Path(folder), str(model_kind(folder))
     if kind in GUESTS: return getattr(import_module(GUESTS[kind][0]), GUESTS[kind][1])(folder)
     weights, description = folder / "model.safetensors", folder / "config.json"
     for path in (description, weights):
         if not path.exists(): raise FileNotFoundError(f"{path}: missing; a folder written by save_pretrained expected")
     about = read_json(description)
-    if about.get("model") not in MODELS or about.get("format") != "vpenc-1":
+    if str(about.get("model")) not in MODELS or about.get("format") != "vpenc-1" or not isinstance(about.get("config"), dict):
         raise ValueError(f"{description}: format vpenc-1 and model one of {', '.join(MODELS)} expected; "
                          f"got {about.get('format')}, {about.get('model')}")
     if file_sha256(weights) != about.get("sha256"):
@@ -395,12 +398,13 @@ def read_folder(folder):
     module, config_name = MODELS[about["model"]]
     module = import_module(module)
     try: config = getattr(module, config_name)(**about["config"])
-    except (TypeError, ValueError) as error: raise ValueError(f"{description}: {error}") from None
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error: raise ValueError(f"{description}: {error}") from None
     try:
         with safe_open(weights, "pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
             return fill(lambda: getattr(module, about["model"])(config), file.get_tensor, shapes, weights)
-    except SafetensorError as error: raise ValueError(f"{weights}: not readable ({error})") from None
+    except (SafetensorError, TypeError, AttributeError, ArithmeticError, RuntimeError, LookupError) as error:
+        raise ValueError(f"{weights}: not readable, or of other sizes than {description.name} tells ({' '.join(str(error).split())})") from None
 
 # %% ../../nbs/2_models/05_checkpoints.ipynb #ec1f164b
 def model_homes():

@@ -209,8 +209,8 @@ def decode_steps(
     for step in range(1, steps + 1):
         logits = transformer(commit_inputs(codes, still, unknown, mask), labels).float()
         if guidance: logits = logits + guidance * (logits - transformer(torch.where(unknown, mask, codes), labels).float())
-        choice = logits / temperature
-        if top_k: choice = choice.masked_fill(choice < choice.topk(top_k).values[..., -1:], -torch.inf)
+        choice = logits / max(temperature, 1e-6)  # below it, dividing would overflow
+        if top_k: choice = choice.masked_fill(choice < choice.topk(min(top_k, choice.shape[-1])).values[..., -1:], -torch.inf)
         drawn = (choice + gumbel(choice, generator)).argmax(-1)
         codes = torch.where(unknown, drawn, codes)
         scores = logits.log_softmax(-1).gather(-1, codes[..., None])[..., 0]

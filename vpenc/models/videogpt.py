@@ -547,7 +547,7 @@ def draw(logits, temperature=1.0, top_k=None, generator=None, noise=None, unifor
     "One code per row of logits `(B,K)`; with `noise` `(B,K)` the largest of logits + noise, with `uniform` `(B,)` the one at that share."
     if temperature < 1e-6: return logits.argmax(-1)  # the limit; dividing would overflow
     logits = logits.float() / temperature
-    if top_k: logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_k: logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
     if noise is not None: return (logits + noise).argmax(-1)
     if uniform is not None:
         passed = logits.softmax(-1).cumsum(-1)  # (B,K), rises to 1

@@ -301,6 +301,8 @@ class UNet(nn.Module):
     def forward(self, x):
         height, width = x.shape[-2:]
         x = F.pad(x, (0, -width % 16, 0, -height % 16), mode="replicate") if height % 16 or width % 16 else x
+        if self.training and x.numel() == 256 * x.shape[1]:  # one frame, one cell at the bottom: BatchNorm has nothing to average
+            raise ValueError("a U-Net on masks of at most 16x16 cannot be trained with one frame a step; expected batch=2 or more, and two labels or more")
         skips = []
         for k, down in enumerate(self.down):
             x = down(F.max_pool2d(x, 2) if k else x)  # (B,base*2^k,H/2^k,W/2^k)

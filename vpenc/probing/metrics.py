@@ -44,14 +44,16 @@ def boundary_f(
     masks,  # (N,H,W) bool
     tolerance=1,  # pixels
 ) -> np.ndarray:
-    "F measure of the boundaries of each image, (N,); 1 where neither has any."
+    "F measure of the boundaries of each image, (N,); where neither has any, 1 for equal masks and 0 for others (one empty, one full)."
     from scipy.ndimage import binary_dilation, generate_binary_structure, iterate_structure
     ball = iterate_structure(generate_binary_structure(2, 2), tolerance)[None]
-    found, true = _edges(np.asarray(predicted, bool)), _edges(np.asarray(masks, bool))
+    predicted, masks = np.asarray(predicted, bool), np.asarray(masks, bool)
+    found, true = _edges(predicted), _edges(masks)
     precision = (found & binary_dilation(true, ball)).sum((1, 2)) / np.maximum(found.sum((1, 2)), 1)
     recall = (true & binary_dilation(found, ball)).sum((1, 2)) / np.maximum(true.sum((1, 2)), 1)
     f = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
-    return np.where((found.sum((1, 2)) == 0) & (true.sum((1, 2)) == 0), 1., f)
+    same = (predicted == masks).all((1, 2))
+    return np.where((found.sum((1, 2)) == 0) & (true.sum((1, 2)) == 0), 1. * same, f)
 
 # %% ../../nbs/5_probing/03_metrics.ipynb #4a85c524
 def scores(

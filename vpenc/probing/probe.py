@@ -9,6 +9,7 @@ __all__ = ['RECIPES', 'GRID_RECIPES', 'PAPER_RECIPES', 'OPTIMIZERS', 'SCHEDULES'
 
 # %% ../../nbs/5_probing/04_probe.ipynb #3d55abe0
 import copy, math, warnings
+from pickle import UnpicklingError
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -17,7 +18,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from ..files import atomic, did_you_mean, read_json, write_json
+from ..files import atomic, did_you_mean, memory_left, read_json, write_json
+from ..identity import Unidentified, identify
 from .heads import HEADS, PAPER_QUIRKS, is_grid, map_shapes
 from .losses import make_loss
 from .metrics import best_threshold, is_constant, iou_per_image, scores
@@ -310,6 +312,7 @@ def fit_probe(
                      lr=_several(lr, recipe.lr), weight_decay=_several(weight_decay, recipe.weight_decay), options=options,
                      schedule=schedule or recipe.schedule)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    _check_room(head, shapes, size, options)
     maps, val_maps = ([m.float().to(device) for m in each.as_2d()] for each in (features, val[0]))
     for what, each in (("", maps), ("validation ", val_maps)):
         if not all(m.isfinite().all() for m in each): raise ValueError(f"the {what}features hold NaN or infinite values: nothing can be fitted to them")
@@ -323,6 +326,15 @@ def fit_probe(
     if protocol == "corrected" and val_targets.any(): probe.threshold = best_threshold(probe.predict(val[0]), np.asarray(val[1], bool))
     probe.recipe["fingerprint"] = features.fingerprint
     return probe
+
+
+def _check_room(name, shapes, size, options):
+    "MemoryError, before anything is built, when a head with its gradient and Adam's two moments is larger than the memory that is left."
+    with torch.random.fork_rng(devices=[]), torch.device("meta"): head = HEADS[name](shapes, tuple(size), **options)
+    numbers = sum(p.numel() for p in head.parameters())
+    if 16 * numbers > memory_left():
+        raise MemoryError(f"head {name!r} on features {shapes} and masks {size[0]}x{size[1]} has {numbers:,} weights: training takes "
+                          f"{16 * numbers / 1e9:.1f} GB, {memory_left() / 1e9:.1f} GB are left; choose a smaller head, such as linear1x1, or smaller masks")
 
 
 def _several(given, otherwise) -> tuple:
@@ -422,7 +434,7 @@ def fine_tune(
     step = lambda: descend(probe, read, len(targets), criterion, solver, scheduler, batch, generator)
     keep_best(probe, epochs, step, validate, patience)
     encoder.trainable = False
-    if protocol == "corrected": probe.threshold = best_threshold(probe.predict(val[0]), np.asarray(val[1], bool))
+    if protocol == "corrected" and val_targets.any(): probe.threshold = best_threshold(probe.predict(val[0]), np.asarray(val[1], bool))
     return probe
 
 
@@ -466,17 +478,34 @@ def _save(self: Probe, folder):
         save_pretrained(self.encoder.model, folder/"encoder")
         encoder = dict(tap=self.encoder.output, value_range=self.encoder.value_range)
     tensors = dict(head=self.head.state_dict(), standardize=self.standardize.state_dict())
+    code = _head_code(type(self.head))
     with atomic(folder/"probe.pt") as temporary: torch.save(tensors, temporary)
-    write_json(folder/"probe.json", self.recipe | dict(threshold=self.threshold, history=self.history, epoch=self.epoch, encoder=encoder,
+    write_json(folder/"probe.json", self.recipe | dict(threshold=self.threshold, history=self.history, epoch=self.epoch, encoder=encoder, code=code,
                                                        val_iou=self.val_iou, rank=getattr(self.head, "rank", None)))
 
 
+def _head_code(kind) -> str:
+    "16 hex digits over the code of a class of heads; '' where it cannot be told."
+    try: return identify(kind)
+    except Unidentified: return ""
+
+
 def _load(cls, folder) -> Probe:
-    "Load a saved probe. FileNotFoundError names a folder without one."
+    "Load a saved probe; a warning says when its head's code is another by now. FileNotFoundError names a folder without one."
     folder = Path(folder)
     if not (folder/"probe.json").exists(): raise FileNotFoundError(f"{folder}: no probe.json; expected a folder written by Probe.save")
+    try: return _read(cls, folder)
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ValueError, EOFError, OSError, MemoryError, UnpicklingError) as error:
+        raise ValueError(f"{folder}: not a whole probe ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from None
+
+
+def _read(cls, folder):
     recipe, tensors = read_json(folder/"probe.json"), torch.load(folder/"probe.pt", map_location="cpu", weights_only=True)
     extra = {name: recipe.pop(name) for name in ("threshold", "history", "epoch", "val_iou", "encoder", "rank")}
+    code = recipe.pop("code", "")  # probes of earlier versions have none
+    if code and code != _head_code(HEADS[_known("head", recipe["head"], HEADS)]):
+        warnings.warn(f"{folder}: the code of head {recipe['head']!r} is not that with which this probe was fitted", stacklevel=3)
+    _check_room(recipe["head"], [tuple(s) for s in recipe["shapes"]], recipe["size"], recipe["options"])
     head = HEADS[recipe["head"]]([tuple(s) for s in recipe["shapes"]], tuple(recipe["size"]), **recipe["options"])
     if extra["rank"]: head.set_rank(extra["rank"])
     head.load_state_dict(tensors["head"])
