@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 OUT    ?= outputs/table1
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: table1 test test-browser docs check lab install dev reference clean help
+.PHONY: table1 bair test test-browser docs check lab install dev reference clean help
 
 help:  ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,12 +30,15 @@ table1: install  ## data, every row of Table 1 and its floors, the table (a seco
 	$(BIN)/vpenc run table1 --jobs $(JOBS) --out $(OUT)
 	$(BIN)/vpenc table $(OUT)
 
+bair: install  ## the paper's own situation: make bair ARCHIVE=bair_robot_pushing_dataset_v0.tar LABELS=export.zip [ARGS="--weights MODEL"]
+	$(BIN)/vpenc bair $(if $(ARCHIVE),--archive $(ARCHIVE)) --labels $(LABELS) --jobs $(JOBS) $(ARGS)
+
 lab: install  ## JupyterLab in nbs/analysis
 	cd nbs/analysis && ../../$(BIN)/jupyter lab
 
 check: dev  ## notebooks and library in step, README made from nbs/index.ipynb, import rules, ruff
 	$(BIN)/nbdev_export
-	@mkdir -p vpenc/notebooks && cp nbs/analysis/ablation.ipynb nbs/analysis/results.ipynb nbs/analysis/futures.ipynb nbs/analysis/latents.ipynb vpenc/notebooks/
+	@mkdir -p vpenc/notebooks && cp nbs/analysis/ablation.ipynb nbs/analysis/results.ipynb nbs/analysis/futures.ipynb nbs/analysis/latents.ipynb nbs/analysis/models.ipynb vpenc/notebooks/
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python tools/readme.py
 	$(BIN)/nbdev_clean
 	$(BIN)/python tools/house.py

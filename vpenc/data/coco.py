@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COCO_JSON', 'PARTS', 'FIELDS', 'SIDES', 'FORMATS', 'fill_polygon', 'unpack_counts', 'decode_rle', 'encode_rle',
-           'CocoFile', 'load_coco', 'coco_files', 'category_counts', 'choose_categories', 'source_name',
+           'CocoFile', 'load_coco', 'coco_files', 'picture_path', 'category_counts', 'choose_categories', 'source_name',
            'annotation_points', 'read_coco', 'outlines', 'enclosed', 'coco_annotation', 'save_coco', 'guess_format',
            'import_labels', 'describe']
 
@@ -18,7 +18,8 @@ import h5py
 import numpy as np
 
 from ..files import atomic, did_you_mean, progress, write_json
-from .masks import (SUBPIXELS, LabelledFrames, cover, fit_frame, fit_mask, open_picture, placement, read_label_folder,
+from .pictures import to_rgb
+from .masks import (SUBPIXELS, LabelledFrames, cover, fit_frame, fit_mask, open_picture, placement, read_label_arrays, read_label_folder,
                          sample_mask, trajectory_ids)
 
 # %% ../../nbs/1_data/11_coco.ipynb #aa03e68f
@@ -84,7 +85,7 @@ def encode_rle(
 
 # %% ../../nbs/1_data/11_coco.ipynb #51a37046
 COCO_JSON = "_annotations.coco.json"  # Roboflow's name
-PARTS = dict(train="train", valid="val", val="val", test="test")  # folder -> our part; Roboflow says valid
+PARTS = dict(train="train", valid="val", validation="val", val="val", test="test")  # folder -> our part; Roboflow says valid
 FIELDS = dict(images=dict(id=(int, str), file_name=str, width=int, height=int), annotations=dict(image_id=(int, str),
               category_id=(int, str)), categories=dict(id=(int, str), name=str))  # what each record must have
 
@@ -157,11 +158,32 @@ def coco_files(
         if found: break
         folders = [each for outer in folders for each in sorted(outer.iterdir(), key=lambda path: path.name)
                    if each.is_dir() and not each.name.startswith((".", "__"))]
+    if not found and (listed := _instances(root)): return listed
     if not found: return [load_coco(_only_json(root))]
     alone = len(found) == 1  # then its folder may have any name, and the file no part
     parts = [PARTS.get(each.name.lower(), "" if alone else each.name) for each in found]
     order = sorted(range(len(found)), key=lambda i: ([*PARTS.values(), parts[i]].index(parts[i]), parts[i]))
     return [load_coco(found[i]/COCO_JSON, parts[i]) for i in order]
+
+
+def _instances(root) -> list:
+    "The `CocoFile`s of the layout of COCO itself, and of CVAT: annotations/instances_PART.json."
+    folder = root/"annotations"
+    if not folder.is_dir(): return []
+    names = sorted(path.name for path in folder.iterdir() if path.name.startswith("instances_") and path.name.endswith(".json"))
+    words = [re.sub(r"\d+$", "", name[len("instances_"):-len(".json")].lower()) for name in names]  # train2017 -> train
+    parts = [PARTS.get(word, "" if len(names) == 1 else word) for word in words]
+    order = sorted(range(len(names)), key=lambda i: ([*PARTS.values(), parts[i]].index(parts[i]), parts[i]))
+    return [load_coco(folder/names[i], parts[i]) for i in order]
+
+
+def picture_path(file, name, pictures):
+    "The picture of a record: beside the JSON or in images/; backslashes of Windows are read as folders. None when it is not there."
+    outside = pictures.parent if pictures.name == "annotations" else pictures
+    for each in dict.fromkeys((name, name.replace("\\", "/"))):
+        for path in (pictures/each, outside/each, outside/"images"/each):
+            if path.is_file(): return path
+    return None
 
 
 def _only_json(root):
@@ -249,8 +271,8 @@ def annotation_points(
 def _read_image(file, record, pictures, chosen, size) -> tuple:
     "Frame, mask and number of polygons skipped of one image."
     height, width, name = record["height"], record["width"], record["file_name"]
-    image, path = f"{file.path}: image {record['id']} ({name})", pictures/name
-    if not path.is_file(): raise FileNotFoundError(f"{image} is not in {pictures}")
+    image, path = f"{file.path}: image {record['id']} ({name})", picture_path(file, name, pictures)
+    if path is None: raise FileNotFoundError(f"{image} is not in {pictures}")
     picture = open_picture(path, (width, height))
     if picture.size != (width, height):
         raise ValueError(f"{image} is {width}x{height} in the JSON, but {picture.width}x{picture.height} in the picture")
@@ -260,7 +282,7 @@ def _read_image(file, record, pictures, chosen, size) -> tuple:
         try: inside, bad = annotation_points(annotation, height, width, size)
         except ValueError as error: raise ValueError(f"{image}, annotation {annotation.get('id')}: {error}") from None
         points, skipped = points | inside, skipped + bad
-    return fit_frame(np.array(picture.convert("RGB")), size), cover(points), skipped
+    return fit_frame(to_rgb(picture, path), size), cover(points), skipped
 
 # %% ../../nbs/1_data/11_coco.ipynb #75fd2e4d
 def read_coco(
@@ -366,20 +388,21 @@ def save_coco(
                                          annotations=annotations, categories=categories))
 
 # %% ../../nbs/1_data/11_coco.ipynb #7e749502
-FORMATS = ("coco", "png", "hdf5")
+FORMATS = ("coco", "png", "npz", "hdf5")
 
 
 def guess_format(
     source,  # file or folder
 ) -> str:
-    "'coco', 'png' or 'hdf5'. FileNotFoundError, or ValueError for what is none of them."
+    "'coco', 'png', 'npz' or 'hdf5'. FileNotFoundError, or ValueError for what is none of them."
     path = Path(source)
     if not path.exists(): raise FileNotFoundError(f"{path}: no such file or folder")
     if path.is_dir(): return "png" if (path/"frames").is_dir() and (path/"masks").is_dir() else "coco"
     if h5py.is_hdf5(path) or path.suffix.lower() in (".h5", ".hdf5"): return "hdf5"
     if path.suffix.lower() in (".json", ".zip"): return "coco"
+    if path.suffix.lower() == ".npz": return "npz"
     raise ValueError(f"{path}: labels in an unknown format; expected a COCO export (folder, .zip or .json), a folder with "
-                     "frames/ and masks/, or HDF5")
+                     "frames/ and masks/, .npz arrays, or HDF5")
 
 
 def import_labels(
@@ -409,9 +432,9 @@ def _numbers(category) -> list:
 
 
 def _resized(path, size, category, trajectory) -> LabelledFrames:
-    "Our own file, at another size if need be; what is known by pixel, such as depth, stays behind then."
+    "Our own file or .npz arrays, at another size if need be; what is known by pixel, such as depth, stays behind then."
     if category or trajectory: raise ValueError(f"{path}: has its masks and trajectories; give no category or trajectory")
-    labels = LabelledFrames.load(path)
+    labels = read_label_arrays(path) if Path(path).suffix.lower() == ".npz" else LabelledFrames.load(path)
     if labels.size == (size, size): return labels
     return replace(labels, frames=np.stack([fit_frame(frame, size) for frame in labels.frames]),
                    masks=np.stack([fit_mask(mask, size) for mask in labels.masks]),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['REQUIRED', 'MAKE_AGAIN', 'SUBPIXELS', 'check_frames', 'check_masks', 'LabelledFrames', 'read_labels', 'load_labels',
            'save_labels', 'placement', 'sample_mask', 'cover', 'fit_frame', 'fit_mask', 'trajectory_ids',
-           'open_picture', 'read_mask', 'pictures_in', 'read_label_folder', 'deal', 'split_by_trajectory',
-           'check_split', 'split_by_frame']
+           'open_picture', 'read_mask', 'pictures_in', 'read_label_folder', 'read_label_arrays', 'deal',
+           'split_by_trajectory', 'check_split', 'split_by_frame']
 
 # %% ../../nbs/1_data/10_masks.ipynb #14f7da96
 import io, math, re, zipfile, zlib
@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 
 from ..files import atomic, did_you_mean, digest, progress
-from .pictures import PICTURES
+from .pictures import PICTURES, to_rgb, upright, walk
 from .video import as_frames, sensor_noise, to_uint8
 
 # %% ../../nbs/1_data/10_masks.ipynb #80f49ba9
@@ -237,16 +237,17 @@ def trajectory_ids(
 # %% ../../nbs/1_data/10_masks.ipynb #675aedd3
 def open_picture(
     path,  # a `Path`, or a `zipfile.Path` inside an archive
-    size=None,  # (width, height) that its label has: a photo of another size is turned as its EXIF note says
+    size=None,  # (width, height) that its label has
 ):
-    "The picture in a file, read whole, as a PIL image; ValueError when it is no picture or damaged."
-    from PIL import Image, ImageOps
+    "The picture in a file, upright as its EXIF note says, as a PIL image; ValueError when it is no picture or damaged."
+    from PIL import Image
     try:
         picture = Image.open(io.BytesIO(path.read_bytes()))  # at once: seeking inside an archive is slow
         picture.load()
     except (OSError, ValueError, EOFError, SyntaxError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as a picture ({error})") from None
-    return ImageOps.exif_transpose(picture) if size and picture.size != tuple(size) else picture
+    turned = upright(picture)  # as labelling tools show it, unless the label fits only the picture as it is stored
+    return picture if size and picture.size == tuple(size) != turned.size else turned
 
 
 def read_mask(
@@ -256,13 +257,31 @@ def read_mask(
     "The mask in a picture, bool (H, W); ValueError when it holds other values."
     picture = open_picture(Path(path))
     whole = picture.mode in ("1", "L", "P") or picture.mode.startswith("I")  # one number a pixel
-    mask = np.asarray(picture if whole else picture.convert("L"))
-    if values is not None: return np.isin(mask, list(values))
+    if values is not None: return np.isin(np.asarray(picture if whole else picture.convert("L")), list(values))
+    if picture.mode == "P": return _palette_mask(picture, path)
+    if "A" in picture.mode and picture.getchannel("A").getextrema()[0] < 255:
+        raise ValueError(f"{path}: the mask has transparent pixels; expected 0 and 255, or 0 and 1, without transparency")
+    mask = np.asarray(picture if whole else picture.convert("RGB"))
+    if mask.ndim == 3:
+        if (mask != mask[..., :1]).any(): raise ValueError(f"{path}: the mask is coloured; expected grey (several objects? choose with values=)")
+        mask = mask[..., 0]
     found = set(np.unique(mask).tolist())
-    if not (found <= {0, 1} or found <= {0, 255}):
+    if not any(found <= {0, most} for most in (1, 255, 65535)):
         raise ValueError(f"{path}: the mask holds values {sorted(found)[:5]}; expected 0 and 255, or 0 and 1 "
                          "(several objects? choose with values=)")
     return mask > 0
+
+
+def _palette_mask(picture, path) -> np.ndarray:
+    "Judged by the colours that are shown: white on black, or a single colour on black."
+    index, colors = np.asarray(picture), np.array(picture.getpalette("RGB")).reshape(-1, 3)
+    used = np.unique(index)
+    if used.max() >= len(colors): raise ValueError(f"{path}: the mask holds index {used.max()}, its palette has {len(colors)} colours")
+    black = [i for i in used.tolist() if not colors[i].any()]
+    if len(used) > 2 or not black:
+        shown = ", ".join(f"{i}: {tuple(colors[i].tolist())}" for i in used[:5].tolist())
+        raise ValueError(f"{path}: which colour is the object? the mask holds {shown}; choose with values=, or save it as 0 and 255")
+    return ~np.isin(index, black)
 
 
 def pictures_in(
@@ -270,8 +289,8 @@ def pictures_in(
 ) -> dict:
     "Name -> path of the pictures in a folder; the name is without suffix, such as 'run_b/0007'. ValueError if two share one."
     found = {}
-    for path in sorted(Path(folder).rglob("*")):
-        if path.suffix.lower() not in PICTURES or path.name.startswith("."): continue
+    for path in walk(folder)[0]:
+        if path.suffix.lower() not in PICTURES: continue
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name in found: raise ValueError(f"{path}: {found[name].name} has the same name; expected one picture a name")
         found[name] = path
@@ -305,10 +324,26 @@ def read_label_folder(
 def _pair(frame, mask, size, values) -> tuple:
     "Frame and mask of two files, as arrays."
     path, mask = mask, read_mask(mask, values)
-    frame = np.array(open_picture(frame, mask.shape[::-1]).convert("RGB"))
+    frame = to_rgb(open_picture(frame, mask.shape[::-1]), frame)
     if mask.shape != frame.shape[:2]:
         raise ValueError(f"{path}: mask {mask.shape}; expected {frame.shape[:2]} as its frame")
     return (fit_frame(frame, size), fit_mask(mask, size)) if size else (frame, mask)
+
+# %% ../../nbs/1_data/10_masks.ipynb #0afcd821
+def read_label_arrays(
+    path,  # .npz with `frames` uint8 (N,H,W,3) and `masks` (N,H,W); `trajectory` and `split` (N,) if known
+) -> LabelledFrames:
+    "`LabelledFrames` of the arrays in a file. FileNotFoundError, or ValueError that says what is missing or wrong."
+    path = Path(path)
+    if not path.exists(): raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with np.load(path, allow_pickle=False) as file: arrays = {name: file[name] for name in file.files}
+    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error: raise ValueError(f"{path}: cannot be read as .npz ({error})") from None
+    missing = [name for name in ("frames", "masks") if name not in arrays]
+    if missing: raise ValueError(f"{path}: array {' and '.join(missing)} is missing (it has: {', '.join(arrays)})")
+    frames, masks, ids, split = (arrays.pop(name, None) for name in REQUIRED)
+    if ids is not None and ids.dtype.kind not in "iu": ids = np.unique(ids, return_inverse=True)[1]
+    return LabelledFrames(frames, masks, ids, split, path.stem, {name: value for name, value in arrays.items() if value.shape[:1] == frames.shape[:1]})
 
 # %% ../../nbs/1_data/10_masks.ipynb #04b2d0d4
 def deal(

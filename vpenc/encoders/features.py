@@ -91,7 +91,7 @@ def read_parts(
             if not start: maps[name] = torch.empty(count, *values.shape[1:])
             maps[name][start:start + len(values)] = values
     levels = tuple(maps[name] for name in sorted(maps) if name != "values")
-    stride = tuple(int(n) for n in about["stride"].split(","))
+    stride = tuple(int(n) if n.isdigit() else float(n) for n in about["stride"].split(","))
     return FeatureMap(maps["values"], stride, about["tap"], fingerprint, levels)
 
 # %% ../../nbs/4_encoders/02_features.ipynb #8e512caf

@@ -55,7 +55,7 @@ def by_depth(
     taps,  # names, as `encode_taps` gives them
 ) -> list:
     "The names in the order in which the model computes them: stages of the ResNet or levels of the encoder, codes, transformer."
-    order = ("resnet:stages[", "resnet", "levels[", "levels", "pre", "vqvae:codes", "ivideogpt:codes", "embed", "hidden", "next", "entropy", "codes")
+    order = ("resnet:stages[", "resnet", "levels[", "levels", "pre", "vqvae:codes", "ivideogpt:codes", "embed", "layer", "last", "hidden", "next", "entropy", "codes")
     rank = lambda name: next((i for i, part in enumerate(order) if part in name), len(order))
     return sorted(taps, key=lambda name: (rank(name), ":stages" in name and "[" not in name, name))
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROW', 'SCORES', 'BLIND', 'FLOOR_NAMES', 'SECTIONS', 'PLAIN', 'VARIANTS', 'COLUMNS', 'TITLES', 'ENOUGH', 'STYLE',
            'collect', 'is_floor', 'floor_of', 'variant', 'table', 'gain', 'label', 'words', 'caption', 'warnings',
-           'markdown', 'page', 'latex', 'bars', 'write_all']
+           'real_words', 'real_caption', 'real_result', 'markdown', 'page', 'latex', 'bars', 'write_all']
 
 # %% ../../nbs/6_experiments/04_results.ipynb #c0563592
 import html
@@ -47,8 +47,9 @@ def _is_result(value) -> bool:
 
 
 def _present(result: dict) -> dict:
-    "A result with its settings under their present names: `domain` was `look` before this version."
+    "A result with its settings under their present names: `domain` was `look`, and there was no `augment`, before this version."
     result["experiment"].setdefault("domain", result["experiment"].pop("look", "bair"))
+    result["experiment"].setdefault("augment", 0)  # results from before there was any
     return result
 
 
@@ -92,24 +93,24 @@ def floor_of(
     row,  # a row of the frame
     df,  # all rows
 ):
-    "The best floor row for `row` (same protocol, data and labels), or None when the frame holds none."
-    same = df[(df.protocol == row.protocol) & (df.fingerprint == row.fingerprint) & (df.labels == row.labels)]
+    "The best floor row for `row` (same protocol, data and labels; random twins of the same model), or None when the frame holds none."
+    same = df[(df.protocol == row.protocol) & (df.fingerprint == row.fingerprint) & (df.labels == row.labels) & df.augment.isin([0, row.augment])]
     others = [other for _, other in same.iterrows() if (other.encoder, other["head"]) != (row.encoder, row["head"])]
     blind = [other for other in others if is_floor(other) and not other.encoder.startswith("random/")]
-    twins = [other for other in others if other.encoder == f"random/{row.encoder}"]
+    twins = [other for other in others if other.encoder == f"random/{row.encoder}" and other.weights == row.weights]
     twins = [other for other in twins if other["head"] == row["head"]] or twins
     return max(blind + twins, key=lambda other: other.iou, default=None)
 
 # %% ../../nbs/6_experiments/04_results.ipynb #b47d029e
 SECTIONS = ("Table 1 of the paper", "further rows", "floors", "other settings")
 PLAIN = {f.name: f.default for f in fields(Experiment)}  # default settings, not printed
-VARIANTS = ("loss", "optimizer", "lr", "weight_decay", "epochs", "labels")  # settings that are printed beside the head
+VARIANTS = ("loss", "optimizer", "lr", "weight_decay", "epochs", "labels", "augment")  # settings that are printed beside the head
 
 
-def variant(row) -> str:
-    "The settings of a row that are not default, such as 'labels=25'."
+def variant(row, weights=True) -> str:
+    "The settings of a row that are not default, such as 'labels=25'; its model too, if `weights` and not the default."
     settings = [f"{name}={row[name]}" for name in VARIANTS if not _same(row[name], PLAIN[name])]
-    return ", ".join(settings + [str(row["weights"])] * (row["weights"] != PLAIN["weights"]))
+    return ", ".join(settings + [Path(row["weights"]).name] * (weights and row["weights"] != PLAIN["weights"]))
 
 
 def _same(value, default) -> bool:
@@ -122,7 +123,8 @@ def table(
 ):
     "A DataFrame with one line per printed row: the two protocols side by side, floor, gain and its paired interval."
     import pandas as pd
-    df = df.assign(variant=[variant(row) for _, row in df.iterrows()])
+    several = df.weights.nunique() > 1  # one model for all rows is named in the caption alone
+    df = df.assign(variant=[variant(row, several) for _, row in df.iterrows()])
     keys = ["dataset", "fingerprint", "encoder", "head", "finetune", "variant"]
     lines = [_line(dict(zip(keys, key)), rows, df) for key, rows in df.groupby(keys, sort=False)]
     most = max((line["scored"] for line in lines if "iou" in line), default=0)
@@ -221,7 +223,7 @@ def caption(
     span = lambda counts: " to ".join(f"{count}" for count in sorted({min(counts), max(counts)}))
     kind = "a simulated stand-in for BAIR, not BAIR numbers" if row.simulated else "labelled frames of your own"
     return (f"Mean over images of the IoU at probability .5, scored at {row['size'][0]}x{row['size'][1]} on {row.dataset} "
-            f"({kind}); weights {', '.join(sorted(set(df.weights)))}. IoU: protocol 'corrected', "
+            f"({kind}); weights {', '.join(sorted({Path(weights).name for weights in df.weights}))}. IoU: protocol 'corrected', "
             f"{span(honest.scored)} {row.scored_on} frames of held-out trajectories, {span(honest.train)} training "
             f"labels, mean of {span([*map(len, df.seeds)])} seed(s); "
             "95 % bootstrap over trajectories (units); ‡ unreliable, fewer than 10 of them. Gain: over the best floor, by paired bootstrap. † protocol 'paper': each "
@@ -241,6 +243,42 @@ def warnings(
                              f"{noise['head']}, above the position prior's {prior.iou.max():.3f} on {noise.dataset}: "
                              "a probe cannot know that. Trust no row of this table.")
     return lines
+
+# %% ../../nbs/6_experiments/04_results.ipynb #281021a9
+def real_words(
+    result,  # content of a real.json
+    few=False,  # the rows with a few real labels too
+):
+    "Its rows as a DataFrame of strings, as `words` makes them."
+    import pandas as pd
+    lines = []
+    for row in result["rows"]:
+        if row["k"] and not few: continue
+        cells = dict.fromkeys(COLUMNS, "") | dict(
+            row=f"{row['encoder']} {row['head']}" + f" (augment={row['augment']})" * bool(row["augment"]), IoU=_number(row["iou"]), units=str(row["units"]),
+            parameters=f"{row['parameters']:,}", seeds=str(len(row["seeds"])), section="real, zero-shot" if result["data"]["real"] else "other domain, zero-shot")
+        cells["95 % interval"] = _span(row["low"], row["high"], row["units"], ".3f")
+        if row["k"]: cells["section"] = f"{row['kind']} labels, k={row['k']}"
+        if row.get("floor_name"):
+            cells["floor"] = f"{row['floor']:.3f} {row['floor_name']}"
+            cells["gain"] = f"{row['gain']:+.3f} ({_span(row['gain_low'], row['gain_high'], row['units'], '+.3f')})"
+        lines.append(cells)
+    return pd.DataFrame(lines, columns=("section", *COLUMNS))
+
+
+def real_caption(result) -> str:
+    "What the numbers of those rows are."
+    data = result["data"]
+    return (f"{'Real' if data['real'] else 'Other'}: IoU at probability .5 on {data['frames']} frames of {data['units']} trajectories of {data['dataset']}, probes fitted to "
+            f"{result['labels']} simulated labels ({result['domain']}), weights {result['weights']}; augment: changed views of each labelled frame.")
+
+
+def real_result(
+    folder,  # of a batch
+):
+    "The content of its real.json, or None."
+    found = [path for path in (Path(folder)/"real.json", Path(folder)/"real"/"real.json") if path.exists()]
+    return read_json(found[0]) if found else None
 
 # %% ../../nbs/6_experiments/04_results.ipynb #bb07fe24
 def markdown(text, title, warned=()) -> str:
@@ -324,11 +362,13 @@ def write_all(
 
     Files of a second data set carry its name (table-sim-camouflage.md).
     """
+    import pandas as pd
     folder, df = Path(folder), collect(folder)
     lines, texts = table(df), []
     for i, (name, rows) in enumerate(df.groupby("dataset")):
         part, suffix = lines[lines.dataset == name], f"-{name}" if i else ""
         sheet, title, warned = words(part), caption(rows), warnings(rows)
+        if not i and (real := real_result(folder)): sheet, title = pd.concat([sheet, real_words(real)]), f"{title} {real_caption(real)}"
         forms = dict(md=markdown, html=page, tex=latex)
         forms = {kind: form(sheet, title, warned) for kind, form in forms.items()} | dict(csv=part.to_csv(index=False))
         for kind, text in forms.items():

@@ -148,7 +148,7 @@ def _targets(masks, count, what="") -> torch.Tensor:
     "Masks (N,H,W) as floats (N,1,H,W). ValueError when there are none, not one per frame, or values other than 0 and 1."
     masks = np.asarray(masks)
     if masks.ndim != 3 or len(masks) == 0: raise ValueError(f"{what}masks have shape {masks.shape}; expected (N,H,W) with N > 0")
-    if len(masks) != count: raise ValueError(f"{len(masks)} {what}masks for {count} frames; expected one each")
+    if len(masks) != count: raise ValueError(f"{len(masks)} {what}masks for {count:g} frames; expected one each")
     if masks.dtype != bool and not np.isin(masks, (0, 1)).all():
         raise ValueError(f"{what}masks hold values from {masks.min()} to {masks.max()}; expected only 0 and 1")
     return torch.from_numpy(masks.astype(np.float32))[:, None]
@@ -284,18 +284,21 @@ def fit_probe(
     batch=None,  # frames per step; None: the head's recipe
     schedule=None,  # 'cosine' or 'constant'; None: the head's recipe
     augment=None,  # 'flip', 'jitter' or 'flip+jitter', for the `pixels` encoder
+    views=1,  # `features` hold so many views of all frames, one view after the other; an epoch draws one of each frame
     head_options=None,  # dict of the head's own options, for instance dict(base=32)
     protocol="corrected",  # or 'paper'
     seed=0,  # of initial weights, order, augmentation, and the inner split
+    start=None,  # the Probe to go on from, instead of new weights and new statistics of the features
     device=None,  # None: CUDA when there is one
 ) -> Probe:
     "Fit a head to cached features. Same seed, same machine, same probe. ValueError for bad names, sizes and masks."
     _known("protocol", protocol, ("corrected", "paper")), _known("head", head, HEADS)
     _known("optimizer", optimizer, OPTIMIZERS), _known("schedule", schedule or "cosine", SCHEDULES)
-    targets, criterion, augment = _targets(masks, len(features)), make_loss(loss), augmentation(augment)
-    if val is None:
-        train, held = inner_split(len(features), trajectory, seed)
-        val, features, targets = (features.take(held), targets[held, 0].numpy()), features.take(train), targets[train]
+    targets, criterion, augment = _targets(masks, len(features) / views), make_loss(loss), augmentation(augment)
+    if val is None:  # frames are held out with all their views, and judged by the first
+        count, (train, held) = len(targets), inner_split(len(targets), trajectory, seed)
+        val, targets = (features.take(held), targets[held, 0].numpy()), targets[train]
+        features = features.take(np.concatenate([train + view * count for view in range(views)]))
     val_targets = _targets(val[1], len(val[0]), "validation ")
     shapes, size = map_shapes(features), targets.shape[-2:]
     if val_targets.shape[-2:] != size: raise ValueError(f"validation masks are {tuple(val_targets.shape[-2:])}, training masks {tuple(size)}")
@@ -312,9 +315,9 @@ def fit_probe(
         if not all(m.isfinite().all() for m in each): raise ValueError(f"the {what}features hold NaN or infinite values: nothing can be fitted to them")
     if not val_targets.any() and targets.any():
         warnings.warn("no validation mask holds any foreground: the epoch is chosen by validation loss, the threshold stays .5", stacklevel=2)
-    standardize = Standardizer(maps, identity=protocol == "paper")
+    standardize = start.standardize if start else Standardizer(maps, identity=protocol == "paper")
     data = [_arranged(standardize(maps)), targets.to(device), _arranged(standardize(val_maps)), val_targets.to(device)]
-    candidates = [_fit_once(head, shapes, data, standardize, recipe, lr, decay, criterion, optimizer, augment, protocol, seed)
+    candidates = [_fit_once(head, shapes, data, standardize, recipe, lr, decay, criterion, optimizer, augment, protocol, seed, start)
                   for lr, decay in product(recipe.lr, recipe.weight_decay)]
     probe = max(candidates, key=lambda probe: probe.val_iou if val_targets.any() else -min([math.inf] + [r["val_loss"] for r in probe.history]))
     if protocol == "corrected" and val_targets.any(): probe.threshold = best_threshold(probe.predict(val[0]), np.asarray(val[1], bool))
@@ -333,14 +336,15 @@ def _arranged(maps) -> list:
     return [m.contiguous(memory_format=torch.channels_last) if m.dim() == 4 else m for m in maps]
 
 # %% ../../nbs/5_probing/04_probe.ipynb #6e049f4a
-def _fit_once(name, shapes, data, standardize, recipe, lr, weight_decay, loss, optimizer, augment, protocol, seed) -> Probe:
+def _fit_once(name, shapes, data, standardize, recipe, lr, weight_decay, loss, optimizer, augment, protocol, seed, start) -> Probe:
     "Train one head at one learning rate and weight decay; returns a Probe with its best epoch."
     maps, masks, val_maps, val_masks = data
+    views = len(maps[0]) // len(masks)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        head = HEADS[name](shapes, tuple(masks.shape[-2:]), **recipe.options)
+        head = copy.deepcopy(start.head) if start else HEADS[name](shapes, tuple(masks.shape[-2:]), **recipe.options)
     head = head.to(masks.device, memory_format=torch.channels_last)
-    head.prepare(maps, masks[:, 0])
+    if not start: head.prepare(maps, masks[:, 0].repeat(views, 1, 1))
     probe = Probe(head, standardize, dict(head=name, options=recipe.options, shapes=shapes, size=list(masks.shape[-2:]),
                                           protocol=protocol, lr=lr, weight_decay=weight_decay, seed=seed))
     inputs, batch = head.project(maps), min(recipe.batch or len(masks), len(masks))
@@ -348,13 +352,14 @@ def _fit_once(name, shapes, data, standardize, recipe, lr, weight_decay, loss, o
     if not list(head.parameters()): return keep_best(probe, 0, None, validate)
     if name == "linear":
         solver = torch.optim.LBFGS(head.parameters(), lr=lr, max_iter=4, history_size=10, line_search_fn="strong_wolfe")
-        return keep_best(probe, epochs, lambda: newton_like(probe, inputs, masks, loss, solver, weight_decay), validate)
+        return keep_best(probe, epochs, lambda: newton_like(probe, inputs, masks.repeat(views, 1, 1, 1), loss, solver, weight_decay), validate)
     solver = OPTIMIZERS[optimizer](head.parameters(), lr=lr, weight_decay=weight_decay)
     scheduler, generator = _scheduler(solver, recipe.schedule, epochs * -(-len(masks) // batch)), torch.Generator().manual_seed(seed)
 
     def read(indices):
-        if augment is None: return [m[indices] for m in inputs], masks[indices]
-        frames, labels = augment(maps[0][indices], masks[indices], generator)
+        drawn = indices + len(masks) * torch.randint(views, indices.shape, generator=generator) if views > 1 else indices
+        if augment is None: return [m[drawn] for m in inputs], masks[indices]
+        frames, labels = augment(maps[0][drawn], masks[indices], generator)
         return head.project([frames]), labels
     step = lambda: descend(probe, read, len(masks), loss, solver, scheduler, batch, generator)
     return keep_best(probe, epochs, step, validate)

@@ -306,7 +306,7 @@ def views(self: Explorer, state) -> dict:
 
 def describe(state) -> str:
     "Tap, layer and latent time in a few words."
-    return state.tap + (f"[{state.layer}]" if state.tap in ("hidden", "next", "levels", "resnet:stages") else "") + (f", time {state.time}" if state.time else "")
+    return state.tap + (f"[{state.layer}]" if state.tap in ("hidden", "next", "levels", "layer", "resnet:stages") else "") + (f", time {state.time}" if state.time else "")
 
 
 Explorer.views = views
@@ -378,7 +378,8 @@ def can_sample(self: Explorer, state) -> bool:
 
 def sampling(self: Explorer, state):
     "Generator of (what is done, share) that ends when `views` has the state's futures. ValueError if the encoder has none."
-    if not self.can_sample(state): raise ValueError(f"{self.encoder(state).tap}: its model cannot sample futures")
+    try: futures_of(getattr(self.encoder(state), "model", None))
+    except ValueError as error: raise ValueError(f"{self.encoder(state).tap}: its model cannot sample futures: {error}") from None
     state = self.fix(state)
     key = (*self._at(state), state.frame, state.futures)
     if key in self.futures: return
