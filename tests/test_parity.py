@@ -17,7 +17,8 @@ import reference_videogpt as plain
 from reference_videogpt import Case
 from vpenc.models.checkpoints import load_videogpt, load_vqvae
 from vpenc.models.attention import block_layout, sparse_mask
-from vpenc.models.videogpt import Decoder, VideoGPT, VideoGPTConfig, draw
+from vpenc.models.decoding import Decoder, draw
+from vpenc.models.videogpt import VideoGPT, VideoGPTConfig
 from vpenc.models.vqvae import VQVAE, VQVAEConfig
 
 FIXTURES = Path(os.environ.get("VPENC_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "fixtures"

@@ -256,14 +256,14 @@ def test_one_policy_for_empty_masks(found, true, wanted):
 # ---- numbers at the edge
 @pytest.mark.parametrize("temperature", [0, 1e-39, 1e-30, 1e-7])
 def test_cold_sampling_is_the_largest_logit(temperature):
-    from vpenc.models.videogpt import draw
+    from vpenc.models.decoding import draw
     logits = torch.tensor([[-3., 4., 2.], [1., 0., -80.]])
     assert draw(logits, temperature, uniform=torch.tensor([.999, .999])).tolist() == [1, 0]
     assert draw(logits, temperature).tolist() == [1, 0]
 
 
 def test_more_likeliest_codes_than_there_are_means_all():
-    from vpenc.models.videogpt import draw
+    from vpenc.models.decoding import draw
     logits, uniform = torch.randn(50, 7, generator=torch.Generator().manual_seed(0)), torch.linspace(0, .99, 50)
     assert torch.equal(draw(logits, top_k=8, uniform=uniform), draw(logits, uniform=uniform))
 

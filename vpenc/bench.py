@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .models.attention import sparse_mask
-from .models.videogpt import Decoder, VideoGPT, VideoGPTConfig, cache_bytes, flex_compiles
+from .models.decoding import Decoder, cache_bytes
+from .models.videogpt import VideoGPT, VideoGPTConfig, flex_compiles
 from .models.vqvae import VQVAEConfig
 
 # %% ../nbs/80_bench.ipynb #59c02e85
@@ -159,7 +160,7 @@ for method in (_norm, _positions, _context, _heads, _merge, _block, logits): set
 
 # %% ../nbs/80_bench.ipynb #e2d37d25
 class PlainDecoder:
-    "Sampling step by step as the original does it; see `vpenc.models.videogpt.Decoder`."
+    "Sampling step by step as the original does it; see `vpenc.models.decoding.Decoder`."
 
     @torch.inference_mode()
     def __init__(self, plain: Plain, batch, frames=None, labels=None):

@@ -22,7 +22,8 @@ from ..data.pictures import read_pictures
 from ..data.video import ClipStore, as_clip, as_frames, convert_range, sensor_noise, to_uint8
 from ..models.ivideogpt import IVideoGPT
 from ..models.magvit import Magvit, decode_steps
-from ..models.videogpt import Decoder, VideoGPT, draw
+from ..models.decoding import Decoder, draw
+from ..models.videogpt import VideoGPT
 
 # %% ../../nbs/4_encoders/03_futures.ipynb #b12ad579
 @dataclass

@@ -26,7 +26,7 @@ def blocks(
 
 def principal_components(
     x: torch.Tensor,  # (..., d)
-    most: int,  # at most so many
+    most: int,  # largest number of directions
 ) -> tuple:  # mean (d,), directions (k, d), standard deviations (k,) along them
     "The directions of largest variance, largest first."
     flat = x.flatten(0, -2)
@@ -46,7 +46,7 @@ def set_taps(
     kernel: torch.Tensor,  # (o, i, t, h, w) of the first o outputs and i inputs
     padding: tuple = (0, 0, 0),  # of the convolution: the first tap that lies inside the block
 ):
-    "Let the first outputs hear the first inputs, inside the block, and nothing else."
+    "Connect the first outputs to the first inputs, inside the block, and to nothing else."
     (o, i), sizes = kernel.shape[:2], kernel.shape[2:]
     weight[:o] = 0
     weight[(slice(o), slice(i), *(slice(p, p + s) for p, s in zip(padding, sizes)))] = kernel
@@ -56,7 +56,7 @@ def start_encoder(
     vqvae: VQVAE,  # changed in place
     clips: torch.Tensor,  # (B, 3, T, H, W) in [-.5, .5]
 ) -> tuple:  # (B, k, T', H', W') components with variance one each, and (k,) their standard deviations
-    "Let the convolutions of the encoder take the principal components of the clips' blocks."
+    "Set the convolutions of the encoder to compute the principal components of the clips' blocks."
     room, strides, x = vqvae.config.n_hiddens // 2, layer_strides(vqvae.config.downsample), clips
     for number, (layer, stride) in enumerate(zip(vqvae.encoder.convs, strides)):
         if number == len(strides) - 1: room = min(room, vqvae.config.embedding_dim)
@@ -78,7 +78,7 @@ def start_bottleneck(
     vqvae: VQVAE,  # changed in place
     spread: torch.Tensor,  # (k,) standard deviations of the components
 ):
-    "Give the components their size before the codebook, and take it from them behind."
+    "Multiply the components by their standard deviations before the codebook (up to a common scale), and divide after it."
     sizes = torch.diag(spread * math.sqrt(4 * vqvae.config.embedding_dim / (.06 * 3 * math.prod(vqvae.config.downsample))))
     before, after = vqvae.pre_vq_conv.conv, vqvae.post_vq_conv.conv
     for part in (before.weight, before.bias, after.bias): part.zero_()
@@ -91,7 +91,7 @@ def start_decoder(
     clips: torch.Tensor,  # (B, 3, T, H, W) in [-.5, .5]
     x: torch.Tensor,  # (B, k, T', H', W') components with variance one each
 ):
-    "Let the transposed convolutions of the decoder draw the clips from their components."
+    "Set the transposed convolutions of the decoder to reconstruct the clips from their components."
     strides, variance = layer_strides(vqvae.config.downsample), torch.ones(x.shape[1], device=x.device)
     for number, (layer, stride) in enumerate(zip(vqvae.decoder.convts, strides)):
         last, target = number == len(strides) - 1, clips
@@ -111,7 +111,7 @@ def start_decoder(
 @torch.no_grad()
 def linear_start(
     vqvae: VQVAE,  # changed in place
-    clips: torch.Tensor,  # (B, 3, T, H, W) in [-.5, .5], some dozen: what PCA is taken of
+    clips: torch.Tensor,  # (B, 3, T, H, W) in [-.5, .5], a few dozen: the data of the PCA
 ) -> VQVAE:
     "Set encoder and decoder to a PCA of the clips' blocks; the codebook is left as it is."
     components, spread = start_encoder(vqvae, clips)
@@ -124,7 +124,7 @@ def linear_start(
 
 
 def settle(vqvae: VQVAE, clips) -> VQVAE:
-    "Let the running moments of every BatchNorm be those of `clips`; the codebook is passed by."
+    "Set the running moments of every BatchNorm to those of `clips`; the codebook is not used."
     training, norms = vqvae.training, [m for m in vqvae.modules() if isinstance(m, nn.BatchNorm3d)]
     usual = [norm.momentum for norm in norms]
     for norm in norms: norm.momentum = 1.

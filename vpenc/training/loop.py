@@ -24,7 +24,7 @@ from ..files import atomic, progress
 # %% ../../nbs/3_training/01_loop.ipynb #5ce492b4
 @contextlib.contextmanager
 def seeded(*key: int):
-    "Fix torch's random numbers by `key` inside the block; outside, they go on as if nothing had happened."
+    "Fix torch's random numbers by `key` inside the block; outside, the random state is unchanged."
     here = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(here):
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
@@ -48,7 +48,7 @@ def batch_indices(
 
 # %% ../../nbs/3_training/01_loop.ipynb #b14bbe77
 def learning_rate(step: int, done: float, peak: float, warmup: int) -> float:
-    "The rate of `step` when the share `done` (0 to 1) of the stage is behind us."
+    "The learning rate of `step`, when the share `done` (0 to 1) of the stage is finished."
     return peak * min(1, (step + 1) / max(1, warmup)) * max(.05, .5 * (1 + math.cos(math.pi * min(1, done))))
 
 # %% ../../nbs/3_training/01_loop.ipynb #e07138d7
@@ -99,7 +99,7 @@ class Team:
         return shared.tolist()
 
     def wait(self):
-        "Until all processes have come here."
+        "Wait until all processes have reached this call."
         if self.accelerator: self.accelerator.wait_for_everyone()
 
     def leave(self):
@@ -171,9 +171,9 @@ class AverageWeights:
 
     @torch.no_grad()
     def update(self):
-        "Follow the parameters by one step."
+        "Update the average after one step."
         self.steps += 1
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))  # a young average forgets quickly
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))  # faster decay in the first steps
         for name, p in self.parameters.items(): self.average[name].lerp_(p, 1 - decay)
 
     @contextlib.contextmanager
@@ -226,7 +226,7 @@ class Log:
     def _tensorboard(self):
         try: from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            return print("tensorboard is not installed (pip install 'vpenc[train]'): log.jsonl and the pictures tell the same")
+            return print("tensorboard is not installed (pip install 'vpenc[train]'): log.jsonl and the pictures show the same")
         return SummaryWriter
 
     def _wandb(self, project):
@@ -235,7 +235,7 @@ class Log:
         return wandb.init(project=project, dir=str(self.out), id=self.out.resolve().name, resume="allow")
 
     def resume(self, stage: str, step: int):
-        "Forget what was logged of `stage` after `step`."
+        "Drop what was logged of `stage` after `step`."
         self.rows = [r for r in self.rows if (r["stage"], r["step"] > step) != (stage, True)]
         if self.writer: self.writers[stage] = self.writer(str(self.out/"tensorboard"/stage), purge_step=step + 1)
 
@@ -263,7 +263,7 @@ class Log:
             self.writers[stage].add_image(name, picture, step, dataformats="HWC")
 
     def close(self):
-        "Finish what is open."
+        "Close all writers."
         for writer in self.writers.values(): writer.close()
         if self.wandb: self.wandb.finish()
 
@@ -394,7 +394,7 @@ class Run:
         return self.average.used() if self.average else contextlib.nullcontext()
 
     def record(self, values: dict):
-        "Add what one step has to say."
+        "Add the values of one step to the sums."
         for key, value in values.items(): self.sums[key] = self.sums.get(key, 0) + value
         self.summed += 1
 
@@ -489,7 +489,7 @@ def _report(run: Run, log: Log, team: Team, learning: float):
 
 
 def _leave(run: Run, team: Team):
-    "Save where training stands, and stop."
+    "Save a checkpoint, and stop."
     if run.sums: run.check()
     if team.size > 1 and run.summed:  # the others' sums would be lost: keep the mean, as the log will
         run.sums = dict(zip(run.sums, team.mean(list(run.sums.values()))))

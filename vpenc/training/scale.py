@@ -86,7 +86,7 @@ def estimate(
     machine: Machine = Machine(),
     epochs: tuple | None = None,  # times each window is seen in each stage; default: as often as the config's steps do
 ) -> dict:
-    "GPU-hours and core-hours of a training run, and what sets its pace."
+    "GPU-hours and core-hours of a training run, and its bottleneck."
     seen = [s * b for s, b in zip(config.steps, config.batch_size)] if epochs is None else [e * clips for e in epochs]
     shape = config.model.vqvae
     frame = 3 * shape.resolution**2

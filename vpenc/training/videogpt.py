@@ -68,7 +68,7 @@ class LearningCodebook(Codebook):
         count = (self.N + 1e-7) / (total + n * 1e-7) * total  # Laplace smoothing: never divides by zero
         dead = self.N < (self.lives or 1)
         self.embeddings.copy_(torch.where(dead[:, None], draw_latents(flat, n), self.z_avg / count[:, None]))
-        if self.lives:  # a new life: count 1, which lasts for ln(1/lives) / .01 steps without a single follower
+        if self.lives:  # a replaced code starts with count 1, which lasts for ln(1/lives) / .01 steps without a single latent
             self.z_avg.copy_(torch.where(dead[:, None], self.embeddings, self.z_avg))
             self.N.masked_fill_(dead, 1)
         self.revived = dead.sum()
@@ -209,7 +209,7 @@ def mask_readout_r2(
     resnet: nn.Module,  # frames (B, 3, H, W) centred -> (B, C, h, w)
     store: ClipStore,  # needs the field `masks`
     split: str = "test",
-    clips: int = 64,  # at most so many clips
+    clips: int = 64,  # at most this many clips
     frames_per_clip: int = 4,  # spread over the clip
     fit: float = .6,  # share of the clips to fit on; the rest is scored
     device="cpu",
@@ -283,7 +283,7 @@ def validate_codes(
 
 
 def has_masks(store: ClipStore, split: str = "test") -> bool:
-    "Whether robot masks come with the clips (simulated ones have them, BAIR has none)."
+    "Whether the clips have robot masks (simulated clips have them, BAIR has none)."
     try: return store.field(split, "masks", 0) is not None
     except (KeyError, ValueError): return False
 
@@ -358,7 +358,7 @@ def gpt_stage(
 
 
 def draw_futures(gpt: VideoGPT, test: CodeData, device, n: int = 2):
-    "Picture: what happened in `n` test clips, and what the GPT makes of their first frames (one sample each)."
+    "Picture: `n` test clips, and one future of each that the GPT samples from the first frame."
     training = gpt.training
     gpt.eval()
     frames, codes = test.batch(sorted({i * len(test) // n for i in range(n)}))  # of different clips
