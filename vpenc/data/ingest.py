@@ -178,19 +178,19 @@ def listed_parts(
     "The parts that a source's own lists name; ValueError names a video that stands in two of them."
     source, parts = Path(source), {}
     if not source.is_dir(): return {}
-    known = {}
+    known = {}  # what a list may call a video -> its name; None where that could be several
     for name in names:
-        for key in (name, Path(name).name, Path(name).with_suffix('').as_posix(), Path(name).stem): known.setdefault(key, name)
+        for key in {name, Path(name).name, Path(name).with_suffix('').as_posix(), Path(name).stem}: known[key] = None if key in known else name
     for file in sorted(p for p in source.iterdir() if p.suffix.lower() in ('.csv', '.txt', '.json')):
         word = re.search('train|valid|val|test', file.stem.lower())
         if not word: continue
         if file.suffix.lower() == '.json':
             rows = read_json(file)
-            listed = [str(row.get('id', row.get('file_name', ''))) if isinstance(row, dict) else str(row) for row in rows] if isinstance(rows, list) else []
-        else: listed = [cell for line in file.read_text(encoding='utf-8-sig').splitlines() for cell in re.split(r'[,;\t ]', line.strip())]
-        for entry in listed:
-            entry = entry.strip().replace('\\', '/')
-            name = known.get(entry) or known.get(Path(entry).with_suffix('').as_posix())
+            listed = [[str(row.get('id', row.get('file_name', '')))] if isinstance(row, dict) else [str(row)] for row in rows] if isinstance(rows, list) else []
+        else: listed = [re.split(r'[,;\t ]', line.strip()) for line in file.read_text(encoding='utf-8-sig').splitlines()]
+        for cells in listed:
+            cells = [cell.strip().replace('\\', '/') for cell in cells]
+            name = next((found for cell in cells if cell and (found := known.get(cell) or known.get(Path(cell).with_suffix('').as_posix()))), None)
             if name is None: continue
             part = PART_NAMES[word[0]]
             if parts.setdefault(name, part) != part: raise ValueError(f'{file}: {name} is listed in {parts[name]} and in {part}')
@@ -230,9 +230,9 @@ def _read_videos(parts):
                      for video in part['videos'])
 
 def _content(file):
-    "Digest of the bytes of a file, or of all pictures in a folder with their names."
+    "Digest of the bytes of a file, or of all pictures in a folder, in order of name."
     files = [Path(file)] if Path(file).is_file() else pictures_of(file)
-    return digest([[p.name, file_sha256(p)] for p in files])
+    return digest([file_sha256(p) for p in files])
 
 def _check_apart(source, videos, split):
     "ValueError when the same video, byte for byte, lies in two parts."
