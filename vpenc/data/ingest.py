@@ -239,14 +239,15 @@ def _content(file):
     return digest([file_sha256(p) for p in files])
 
 def _check_apart(source, videos, split, drawn):
-    "The same video, byte for byte, in two parts: moved into one where the parts are drawn, ValueError where the source has them."
-    first = {}
-    for name, video in videos.items():
-        key = video['content'], video.get('index')
-        other = first.setdefault(key, name)
-        if drawn: split[name] = split[other]
-        if split[other] != split[name]:
-            raise ValueError(f'{source}: {other} ({split[other]}) and {name} ({split[name]}) are the same video: remove one of them')
+    "The same video, byte for byte, in two parts: all of it goes to train where the parts are drawn, ValueError where the source has them."
+    same = {}
+    for name, video in videos.items(): same.setdefault((video['content'], video.get('index')), []).append(name)
+    for names in same.values():
+        other = next((name for name in names if split[name] != split[names[0]]), None)
+        if other is None: continue
+        if not drawn:
+            raise ValueError(f'{source}: {names[0]} ({split[names[0]]}) and {other} ({split[other]}) are the same video: remove one of them')
+        split |= dict.fromkeys(names, 'train')
 
 def convert_videos(
     source,  # folder of videos, or one file
