@@ -373,7 +373,7 @@ def save_coco(
     from PIL import Image
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()): raise FileExistsError(f"{folder}: is not empty; choose a new folder")
-    names = {part: name for name, part in PARTS.items() if name != "val"}  # val -> valid, as Roboflow says
+    names = dict(val="valid")  # as Roboflow says
     for part in progress(labels.counts, desc=f"{folder}"):
         images, annotations, target = [], [], folder/names.get(part, part)
         for i in np.flatnonzero(labels.split == part).tolist():
