@@ -311,7 +311,7 @@ class View:
         chosen = lambda name: np.stack([getattr(h, name) for h in hits])[agreeing]
         geom, point, depth = chosen('geom'), chosen('point'), chosen('distance')
         image = lambda x, dtype: x.reshape(self.size, self.size, *x.shape[1:]).astype(dtype)
-        rgb = image(self.domain.develop(sum(colors) / len(colors)), np.float32)
+        rgb = self.domain.develop(sum(colors) / len(colors)).reshape(self.size, self.size, 3)
         rgb = (self._blurred(rgb) * 255 + .5).astype(np.uint8)
         mask, owner = image(mask, np.uint8), image(samples[agreeing], np.uint8)
         if self.realism.border:  # nothing is seen there: it counts as bin
