@@ -43,7 +43,9 @@ def data_bair(args):
 def data_videos(args):
     "`vpenc data videos`: all videos in a folder."
     from vpenc.data.ingest import convert_videos
+    from vpenc.data.pictures import walk
     _converted(Path(args.out), convert_videos, args.source, size=args.size, test_share=args.test_share, jobs=args.jobs)
+    if left := walk(args.source)[1]: print(f"left out: {len(left)} hidden files and files of other programs, such as {left[0]}")
 
 
 def _converted(out: Path, convert, source, **options):

@@ -259,10 +259,11 @@ def convert_videos(
     "Convert every video that `find_videos` finds. Resumes; ValueError names a video that cannot be read, or that lies in two parts."
     if not 8 <= size <= 1024: raise ValueError(f'size is {size}: expected 8 to 1024')
     videos = find_videos(source)
-    split = split_videos(videos, test_share, source)
+    own = source_parts(videos, source) if test_share is None else {}
+    split = own or split_videos(videos, .1 if test_share is None else test_share)
     videos = {name: video for name, video in videos.items() if name in split}
     for video in videos.values(): video |= dict(file=os.path.abspath(video['file']), content=_content(video['file']))
-    _check_apart(source, videos, split, drawn=test_share is not None or not source_parts(videos, source))
+    _check_apart(source, videos, split, drawn=not own)
     parts = []
     for wanted in ('train', 'val', 'test'):
         chosen = [dict(video, id=i) for i, (name, video) in enumerate(videos.items()) if split[name] == wanted]
