@@ -41,8 +41,13 @@ class Pen:
     def root(self): return self.page.locator(ROOT)
 
     def where(self, x, y):
-        "Where the frame's point is on the screen; the canvas must not be stretched."
-        box = self.page.locator(f"{ROOT} canvas").bounding_box()
+        "Where the frame's point is on the screen, once JupyterLab no longer scrolls; the canvas must not be stretched."
+        boxes = [None]
+        def rests():
+            boxes.append(self.page.locator(f"{ROOT} canvas").bounding_box())
+            return boxes[-1] is not None and boxes[-1] == boxes[-2]
+        wait_for(rests, "the canvas stays where it is")
+        box = boxes[-1]
         assert abs(box["width"] - 512) < 1 and abs(box["height"] - 512) < 1, box
         return box["x"] + x * 8, box["y"] + y * 8
 
@@ -60,6 +65,8 @@ class Pen:
     def click(self, *point): self.page.mouse.click(*self.where(*point))
 
     def press(self, *keys):
+        "Keys for the widget, as a user presses them who sees which part of the page has the focus."
+        if not self.root.evaluate("root => root === document.activeElement"): self.root.focus()
         for key in keys: self.page.keyboard.press(key)
 
     def saved(self):
@@ -73,7 +80,13 @@ class Pen:
 
     def at(self, index):
         "Wait until this frame is shown."
-        self.page.wait_for_selector(f"{ROOT}[data-index='{index}'][data-busy='no']")
+        from playwright.sync_api import TimeoutError
+        try: self.page.wait_for_selector(f"{ROOT}[data-index='{index}'][data-busy='no']")
+        except TimeoutError as error:
+            self.notebook.screenshot(f"label-not-at-{index}")
+            active = self.page.evaluate("document.activeElement.outerHTML.slice(0, 200)")
+            raise AssertionError(f"frame {index} is not shown: {self.root.evaluate('e => JSON.stringify(e.dataset)')}, "
+                                 f"{self.root.inner_text()!r}, the focus is on {active}") from error
 
 
 def path_of(points, radius):
