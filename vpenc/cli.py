@@ -129,7 +129,7 @@ def pretrain(args):
     FAMILIES[args.model].configure(args.preset, **changes)  # complains before clips are simulated
     if data == "sim":
         from vpenc.files import data_home
-        _clips(data := data_home()/"sim-bair-clips.h5", "bair", args.clips)
+        _clips(data := data_home()/"sim-bair-clips.h5", "bair", args.clips, realism=False)
     folder = pretrain(data, args.out, args.preset, family=args.model, stage=args.stage, init=args.init, device=args.device, workers=args.workers,
                       tensorboard=not args.no_tensorboard, wandb="vpenc" if args.wandb else None, stop_after=args.stop_after, **changes)
     if os.environ.get("RANK", "0") == "0": print(folder)  # under torchrun, one of many says so
