@@ -2,6 +2,7 @@
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import vpenc
 from vpenc.data.masks import LabelledFrames, save_labels, split_by_trajectory
 from vpenc.data.sim import SimConfig, simulate
 
+ROOT = Path(__file__).resolve().parents[1]
 SIZES = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, patch_size=16, image_size=64)
 DINO = {name: SIZES[name] for name in SIZES if name != "intermediate_size"} | dict(mlp_ratio=2)
 VJEPA = dict(DINO, crop_size=64, frames_per_clip=4, pred_hidden_size=24, pred_num_attention_heads=2, pred_num_hidden_layers=1)
@@ -141,7 +143,7 @@ def test_importing_vpenc_imports_none_of_it_and_a_missing_extra_is_one_line():
             "    try: vpenc.load_encoder(name)\n"
             "    except ImportError as error: print(error)\n")
     lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert lines == ["[]", "transformers is missing; pip install 'vpenc[hf]' brings it", "timm is missing; pip install 'vpenc[hf]' brings it"]
+    assert lines == ["[]", "transformers is missing; pip install 'vpenc[hf]' brings it", "timm is missing; pip install 'vpenc[timm]' brings it"]
 
 
 def test_timm(tmp_path, frames):
@@ -169,3 +171,23 @@ def test_action_conditioned_futures_are_refused_in_one_line(frames):
     with pytest.raises(ValueError, match="cannot sample futures: .* need actions") as error:
         for _ in view.preparing(ExploreState(futures=2)): pass
     assert "\n" not in str(error.value) and "pca" in view.views(ExploreState())
+
+
+def test_the_notebook_that_compares_models(labels, tmp_path):
+    "analysis/models with its defaults, on few frames: every family in one table, whose numbers are those of the runs' files."
+    import json
+    import papermill
+    pytest.importorskip("transformers"), pytest.importorskip("diffusers")
+    out = tmp_path / "models"
+    few = dict(data=str(labels), labels="4,8", seeds="0", test=4, epochs=2, cache=str(tmp_path / "cache"), out=str(out))
+    papermill.execute_notebook(ROOT / "nbs/analysis/models.ipynb", tmp_path / "models.ipynb", few, cwd=str(tmp_path), progress_bar=False)
+    header, _, *lines = [[cell.strip() for cell in line.strip("|\n ").split("|")] for line in (out / "models.md").open()]
+    rows = [dict(zip(header, line)) for line in lines]
+    assert [row["encoder"].split(" ")[0].split(":")[0] for row in rows] == ["videogpt", "magvit", "ivideogpt", "hf", "hf", "hf", "hf"]
+    runs = [json.loads(path.read_text()) for path in out.glob("*.json")]
+    found = {tuple(run["experiment"][key] for key in ("encoder", "weights", "labels")): run for run in runs}
+    assert len(found) == 7 * 2 * 2 + 2 * 2  # encoders and their twins, floors; 4 and 8 labels
+    mine, twin = (found[prefix + "videogpt:resnet:stages", "videogpt-sim", 8] for prefix in ("", "random/"))
+    assert rows[0]["IoU"] == f"{mine['iou']:.3f}" and rows[0]["random twin"] == f"{twin['iou']:.3f}"
+    assert rows[0]["gain over twin"].startswith(f"{mine['iou'] - twin['iou']:+.3f}")
+    assert all((out / f"models.{kind}").stat().st_size > 1000 for kind in ("svg", "png"))
