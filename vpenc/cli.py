@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DRAWN', 'data_sim', 'data_bair', 'data_videos', 'data_masks', 'shares_of', 'draw_overlays', 'pretrain', 'convert',
-           'run', 'assignment', 'table', 'bair_table', 'step', 'predict', 'file_names', 'bench', 'futures', 'info',
-           'parser', 'main']
+           'run', 'run_targets', 'assignment', 'table', 'bair_table', 'step', 'predict', 'file_names', 'bench',
+           'futures', 'info', 'parser', 'main']
 
 # %% ../nbs/81_cli.ipynb #ecee55c7
 import argparse, os, sys
@@ -144,6 +144,7 @@ def convert(args):
 def run(args):
     "`vpenc run`: the rows of a grid that are not done yet."
     from vpenc.experiments.runner import plan_grid, report, run_grid
+    if args.grid == "tasks": return run_targets(args)
     options = dict(seeds=args.seeds, overrides=dict(map(assignment, args.set)), cache=args.cache)
     if args.dry_run:
         for job in plan_grid(args.grid, args.out, **options):
@@ -151,6 +152,29 @@ def run(args):
             print(f"{'done' if job.done() else 'to do':6} {job.name}  (seeds {seeds})")
         return 0
     return report(run_grid(args.grid, args.out, workers=args.jobs, **options))
+
+
+def run_targets(args):
+    "`vpenc run tasks`: many targets, and their table."
+    from vpenc.experiments.tasks import run_tasks, tasks, write_tasks
+    given = dict(map(assignment, args.set))
+    _known_settings(given)
+    grid = tasks(**given, **(dict(seeds=[part.strip() for part in args.seeds.split(",")]) if args.seeds else {}))
+    if args.dry_run:
+        for task in grid: print(f"{'there ' if (Path(args.out)/f'{task.name}.json').exists() else 'to do '} {task.name}")
+        return 0
+    run_tasks(args.out, grid, args.cache)
+    print(write_tasks(args.out))
+
+
+def _known_settings(given):
+    "ValueError, with similar names, for a setting that no task has."
+    from dataclasses import fields
+    from vpenc.experiments.tasks import Task
+    from vpenc.files import did_you_mean
+    known = [f.name for f in fields(Task) if f.name not in ("target", "encoder", "head", "seeds")]
+    for name in given:
+        if name not in known: raise ValueError(f"--set: unknown {name!r}{did_you_mean(name, known)}")
 
 
 def assignment(text: str) -> tuple:
@@ -166,7 +190,11 @@ def assignment(text: str) -> tuple:
 def table(args):
     "`vpenc table`: print a folder's table and write it in every form."
     from vpenc.experiments.results import write_all
-    print(write_all(_existing(args.folder)))
+    folder = Path(_existing(args.folder))
+    if any(folder.glob("tasks.csv")):
+        from vpenc.experiments.tasks import write_tasks
+        print(write_tasks(folder))
+    else: print(write_all(folder))
 
 # %% ../nbs/81_cli.ipynb #f5398af3
 def bair_table(args):
@@ -353,7 +381,7 @@ def parser() -> argparse.ArgumentParser:
     turned.add_argument("--dtype", default="float32", help="type of the weights: float32, float16 or bfloat16 (default: float32)")
 
     runs = command("run", run, "run a grid of experiments as notebooks; finished rows are skipped")
-    runs.add_argument("grid", metavar="GRID", help="table1, full, smoke, or a JSON/TOML file of rows")
+    runs.add_argument("grid", metavar="GRID", help="table1, full, smoke, tasks (many targets), or a JSON/TOML file of rows")
     runs.add_argument("--jobs", type=int, default=2, metavar="N", help="notebooks at a time (default: 2)")
     runs.add_argument("--out", metavar="DIR", help="folder (default: outputs/GRID)")
     runs.add_argument("--seeds", default="", metavar="0,1,2", help="seeds of every row")
