@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DRAWN', 'data_sim', 'data_bair', 'data_videos', 'data_masks', 'shares_of', 'draw_overlays', 'pretrain', 'convert',
-           'run', 'run_targets', 'assignment', 'table', 'bair_table', 'step', 'predict', 'file_names', 'bench',
-           'futures', 'info', 'parser', 'main']
+           'run', 'run_targets', 'assignment', 'table', 'report', 'bair_table', 'step', 'predict', 'file_names',
+           'bench', 'futures', 'info', 'parser', 'main']
 
 # %% ../nbs/81_cli.ipynb #ecee55c7
 import argparse, os, sys
@@ -197,6 +197,12 @@ def table(args):
     else: print(write_all(folder))
 
 # %% ../nbs/81_cli.ipynb #f5398af3
+def report(args):
+    "`vpenc report`: one page of a folder of runs."
+    from vpenc.experiments.report import write_report
+    print(write_report(_existing(args.folder), args.title))
+
+
 def bair_table(args):
     "`vpenc bair`: archive and labels -> clips, labelled frames, a pretrained model, Table 1 on them."
     out = Path(args.out).resolve()
@@ -407,6 +413,9 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--seeds", default="", metavar="0,1,2", help="seeds of every row")
     whole.add_argument("--jobs", type=int, default=2, metavar="N", help="notebooks at a time (default: 2)")
 
+    whole_page = command("report", report, "write one self-contained HTML page of a folder of runs, with its figures as PDF")
+    whole_page.add_argument("folder", metavar="DIR", help="what `vpenc run --out` wrote (tables, targets, or both)")
+    whole_page.add_argument("--title", default="", help="of the page (default: the folder's name)")
     shown = command("table", table, "print and write the table of a folder of runs")
     shown.add_argument("folder", metavar="DIR", help="what `vpenc run --out` wrote")
 

@@ -6,7 +6,7 @@
 __all__ = ['TASK_TAPS', 'TITLES', 'Task', 'run_task', 'tasks', 'run_tasks', 'task_frame', 'task_table', 'task_caption',
            'task_figure', 'write_tasks']
 
-# %% ../../nbs/6_experiments/06_tasks.ipynb #cf7fd7c5
+# %% ../../nbs/6_experiments/06_tasks.ipynb #1518b5ee
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,7 +20,7 @@ from .experiment import Experiment, code_of, features_at, load_labelled, parts_f
 from ..probing.metrics import bootstrap_interval
 from ..probing.targets import find_target, fit_target
 
-# %% ../../nbs/6_experiments/06_tasks.ipynb #d2a794ba
+# %% ../../nbs/6_experiments/06_tasks.ipynb #5fb9b8e4
 @dataclass(frozen=True)
 class Task:
     "A target asked of an encoder. ValueError, in one line, for invalid settings."
@@ -98,7 +98,7 @@ def _plain(values) -> list:
     "Floats as JSON has them: None for NaN."
     return [None if value != value else round(float(value), 6) for value in values]
 
-# %% ../../nbs/6_experiments/06_tasks.ipynb #1b4f9f05
+# %% ../../nbs/6_experiments/06_tasks.ipynb #685564ff
 TASK_TAPS = (("videogpt:resnet:stages", "linear1x1"), ("videogpt:resnet", "linear1x1"), ("videogpt:hidden[2]", "linear1x1"), ("vqvae:pre", "linear1x1"),
              ("random/videogpt:resnet:stages", "linear1x1"), ("pixels", "linear7x7"))
 
@@ -130,7 +130,7 @@ def run_tasks(
             results.append(result)
     return results
 
-# %% ../../nbs/6_experiments/06_tasks.ipynb #ce4a27a7
+# %% ../../nbs/6_experiments/06_tasks.ipynb #0cd7f6e6
 def task_frame(
     folder,  # of `run_tasks`
 ):
@@ -166,7 +166,7 @@ def _lines(group) -> list[dict]:
     def line(encoder, head, values, floor=None, **more):
         there = np.isfinite(values)
         low, high = bootstrap_interval(values[there], trajectory[there])
-        gain = {}
+        gain = dict(floor="", floor_value=np.nan, gain=np.nan, gain_low=np.nan, gain_high=np.nan)
         if floor:
             both = there & np.isfinite(floors[floor])
             difference = sign * (values - floors[floor])[both]
