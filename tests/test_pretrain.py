@@ -237,6 +237,15 @@ def test_command_line_reaches_every_setting(tmp_path, clips, capsys):
     assert main([*words, "--stage", "gtp"]) == 2 and "gpt" in capsys.readouterr().err
 
 
+def test_sim_as_clips_simulates_them_first(tmp_path, monkeypatch):
+    from vpenc.cli import main
+    monkeypatch.setenv("VPENC_DATA", str(tmp_path / "data"))
+    settings = [f"{k}={v}" for k, v in SHORT.items() if k != "tensorboard"] + ["steps=2", "every=2", "parallel=False"]
+    words = ["pretrain", "sim", "--clips", "4", "--stage", "vqvae", "--out", str(tmp_path / "run"), "--device", "cpu", "--no-tensorboard"]
+    assert main([*words, *(w for s in settings for w in ("--set", s))]) == 0
+    assert (tmp_path / "data/sim-bair-clips.h5").exists() and [r["stage"] for r in log_of(tmp_path / "run")] == ["vqvae"]
+
+
 def test_presets_are_whole():
     for name in ("tiny", "sim", "small", "bair"):
         config = configure(name)

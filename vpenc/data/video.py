@@ -88,12 +88,23 @@ def _check_shape(x, dims, layouts):
     if x.shape[-3 if stored else -1] == 3: why = ' (the channels are at the other end: permute them)'
     raise ValueError(f'pictures have shape {tuple(x.shape)}, so {channels} colour channels{why}: expected {layouts}')
 
+def _array(x) -> np.ndarray:
+    "An array, or a list of arrays or tensors, as one array without negative strides, which PyTorch does not take."
+    if isinstance(x, (list, tuple)) and len(x):
+        x = [np.asarray(each) for each in x]
+        sizes = list(dict.fromkeys(each.shape for each in x))
+        if len(sizes) > 1: raise ValueError(f"pictures have the shapes {', '.join(map(str, sizes[:4]))}: expected one shape for all; resize them first")
+        x = np.stack(x)
+    x = np.ascontiguousarray(x)
+    if x.dtype.kind not in "biuf": raise ValueError(f"pictures are of type {x.dtype}: expected numbers")
+    return x
+
 def as_frames(
     x,  # uint8 (H, W, 3) or (B, H, W, 3); or float (3, H, W) or (B, 3, H, W) in [0, 1]; array or tensor
     size: int | None = None,  # resize and crop to this height and width
 ) -> torch.Tensor:  # (B, 3, H, W) float32 in [0, 1]
     "Pictures as a batch of unit frames; ValueError for any other shape, dtype or value range."
-    x = torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x)  # PyTorch takes no negative strides
+    x = torch.as_tensor(x if torch.is_tensor(x) else _array(x))
     _check_shape(x, (3, 4), 'uint8 (H,W,3) or (B,H,W,3), or float (3,H,W) or (B,3,H,W)')
     x = x.reshape(-1, *x.shape[-3:])  # (B, ...)
     if x.dtype == torch.uint8: x = x.permute(0, 3, 1, 2).float() / 255  # (B, H, W, 3) -> (B, 3, H, W)
@@ -107,7 +118,7 @@ def as_clip(
     memory_format: torch.memory_format = torch.contiguous_format,  # or torch.channels_last_3d: the same values, sooner
 ) -> torch.Tensor:  # (B, 3, T, H, W) float32
     "Stored video as a batch of clips for a video model."
-    x = torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x)  # PyTorch takes no negative strides
+    x = torch.as_tensor(x if torch.is_tensor(x) else _array(x))
     layouts = 'uint8 (T,H,W,3) or (B,T,H,W,3)'
     if x.dtype != torch.uint8: raise ValueError(f'the clip is {x.dtype} of shape {tuple(x.shape)}: expected {layouts}')
     _check_shape(x, (4, 5), layouts)
