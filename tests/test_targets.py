@@ -1,0 +1,60 @@
+"Many targets, few labels and the report, as a user runs them: command line and notebooks, on a few simulated frames."
+import json
+from pathlib import Path
+
+import papermill
+import pytest
+
+from vpenc.cli import main
+from vpenc.data.sim import SimConfig, generate_labels
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory):
+    return generate_labels(tmp_path_factory.mktemp("labels") / "few.h5", SimConfig(frames=3), dict(train=12, val=4, test=12), processes=1)
+
+
+def run(name, folder, **parameters):
+    papermill.execute_notebook(ROOT / f"nbs/analysis/{name}.ipynb", folder / f"{name}.ipynb", parameters, cwd=str(folder), progress_bar=False)
+
+
+def test_tasks_and_report(labels, tmp_path, capsys):
+    "The notebook's results are those of the command line, which finds all done; the report shows them."
+    few = dict(labels=12, test=12, epochs=1, data=str(labels))
+    run("tasks", tmp_path, targets="depth,mask", encoders="pixels", cache=str(tmp_path / "cache"), out=str(tmp_path / "tasks"), seeds="0", **few)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "tasks").glob("*.json")}
+    assert len(files) == 2 and (tmp_path / "tasks/answers.png").stat().st_size > 5000
+    settings = [word for key, value in few.items() for word in ("--set", f"{key}={value}")]
+    assert main(["run", "tasks", "--dry-run", "--out", str(tmp_path / "tasks"), "--seeds", "0", *settings]) == 0
+    assert "to do" in capsys.readouterr().out  # the taps that the notebook was not asked for
+    assert main(["table", str(tmp_path / "tasks")]) == 0
+    table = capsys.readouterr().out
+    for result in map(json.loads, files.values()):
+        (values,) = result["scores"][result["main"]]
+        assert f"{sum(values) / len(values):.3f}" in table
+    assert main(["report", str(tmp_path)]) == 0
+    page = Path(capsys.readouterr().out.strip()).read_text()
+    assert "Many targets" in page and "12 trajectories" in page and 'src="data:image/png;base64,' in page
+    assert {path.name: path.read_bytes() for path in (tmp_path / "tasks").glob("*.json")} == files
+
+
+def test_label_efficiency(labels, tmp_path):
+    "The table's IoU are those of the runs; more labels cost no fewer bits than none could."
+    run("label_efficiency", tmp_path, encoders="pixels", labels="3,6,12", seeds="0", test=12, epochs=2, data=str(labels), cache=str(tmp_path / "cache"), out=str(tmp_path / "out"))
+    import csv
+    rows = {row["encoder"]: row for row in csv.DictReader(open(tmp_path / "out/label_efficiency.csv"))}
+    assert list(rows) == ["pixels", "mean mask"]
+    runs = {(r["experiment"]["encoder"], r["experiment"]["labels"]): r["iou"] for r in map(json.loads, (p.read_text() for p in (tmp_path / "out").glob("*.json")))}
+    for count in (3, 6, 12):
+        assert rows["pixels"][str(count)] == f"{runs['pixels', count]:.3f}" and rows["mean mask"][str(count)] == f"{runs['position', count]:.3f}"
+    assert all(3 / 12 <= float(row["code length, bits/pixel"]) < 1 for row in rows.values())  # the first block costs one bit a pixel
+
+
+def test_wrong_settings_are_one_line(tmp_path, capsys):
+    for words, said in ((["run", "tasks", "--set", "lables=3"], "did you mean 'labels'"), (["run", "tasks", "--set", "weights=nowhere"], "nowhere"),
+                        (["run", "tasks", "--seeds", "a"], "seeds"), (["report", str(tmp_path / "none")], "no such file or folder"), (["report", str(tmp_path)], "no results in it")):
+        assert main([*words, *(["--out", str(tmp_path / "out")] if words[0] == "run" else [])]) == 2
+        error = capsys.readouterr().err.strip()
+        assert said in error and "Traceback" not in error, error
