@@ -63,11 +63,13 @@ def data_masks(args):
     from vpenc.data.masks import check_split, split_by_trajectory
     source, out = _existing(args.source), Path(args.out)
     kind = guess_format(source) if args.format == "auto" else args.format
-    shares = None if (args.split or ("keep" if kind == "hdf5" else "")) == "keep" else shares_of(args.split or DRAWN)
+    shares = shares_of(args.split) if args.split not in (None, "", "keep") else None
     labels = import_labels(source, kind, args.category, args.images, args.size, args.trajectory, not args.drop_unlabelled)
-    if shares: labels.split = split_by_trajectory(labels.trajectory, shares, args.seed)
-    else: check_split(labels)
+    kept = args.split == "keep" or not args.split and (len(labels.counts) > 1 or kind == "hdf5")
+    if kept: check_split(labels)
+    else: labels.split = split_by_trajectory(labels.trajectory, shares or shares_of(DRAWN), args.seed)
     print(f"{out}: {'made' if _save_new(labels, out) else 'there already'}\n{describe(labels)}")
+    print("parts: as in the source" + "; --split draws new ones" * (not args.split) if kept else f"parts: drawn by trajectory, {args.split or DRAWN}, seed {args.seed}")
     if kind == "coco":
         found = ", ".join(f"{name} {count}" for name, count in category_counts(coco_files(source)).items())
         print(f"annotations found: {found}" + f"; the object is {' or '.join(args.category)}" * bool(args.category))
@@ -345,7 +347,7 @@ def parser() -> argparse.ArgumentParser:
     masks.add_argument("--trajectory", metavar="REGEX", help=r"finds the video in a picture's name, such as 'traj_(\d+)'")
     masks.add_argument("--drop-unlabelled", action="store_true", help="COCO: leave out pictures without any annotation")
     masks.add_argument("--split", metavar="SHARES", help="shares of the videos, or keep: the source's own parts "
-                       "(default: train=.6,val=.2,test=.2; keep for HDF5)")
+                       "(default: keep where it has several; else train=.6,val=.2,test=.2)")
     masks.add_argument("--seed", type=int, default=0, help="seed of the split (default: 0)")
     masks.add_argument("--out", required=True, metavar="FILE", help="HDF5 file; a contact sheet appears beside it")
     masks.add_argument("--overlays", metavar="DIR", help="one overlay a frame, and the contact sheet, as PNG")

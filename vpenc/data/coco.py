@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COCO_JSON', 'FIELDS', 'SIDES', 'FORMATS', 'load_coco', 'coco_files', 'picture_path', 'category_counts',
            'choose_categories', 'source_name', 'annotation_points', 'read_coco', 'outlines', 'enclosed',
-           'coco_annotation', 'save_coco', 'guess_format', 'import_labels', 'describe']
+           'coco_annotation', 'save_coco', 'guess_format', 'import_labels', 'describe', 'CocoFile', 'decode_rle',
+           'encode_rle', 'fill_polygon', 'unpack_counts']
 
 # %% ../../nbs/1_data/13_coco.ipynb #2c2a6a31
 import json, re, zipfile, zlib
@@ -19,9 +20,11 @@ import numpy as np
 from ..files import atomic, did_you_mean, progress, write_json
 from .pictures import to_rgb
 from .exports import TOOLS, find_export, tool_files
-from .outlines import PARTS, CocoFile, decode_rle, encode_rle, fill_polygon
+from .outlines import PARTS, CocoFile, decode_rle, encode_rle, fill_polygon, unpack_counts
 from .masks import (SUBPIXELS, LabelledFrames, cover, fit_frame, fit_mask, open_picture, placement, read_label_arrays, read_label_folder,
                          sample_mask, trajectory_ids)
+
+_all_ = ["CocoFile", "decode_rle", "encode_rle", "fill_polygon", "unpack_counts"]
 
 # %% ../../nbs/1_data/13_coco.ipynb #51a37046
 COCO_JSON = "_annotations.coco.json"  # Roboflow's name
