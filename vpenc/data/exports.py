@@ -7,7 +7,7 @@ __all__ = ['TOOLS', 'read_cvat', 'read_label_studio', 'unpack_brush', 'read_labe
            'read_darwin', 'read_davis', 'find_export', 'kind_of', 'tool_files']
 
 # %% ../../nbs/1_data/12_exports.ipynb #7f267f8f
-import json, re, zipfile, zlib
+import json, re, warnings, zipfile, zlib
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlparse
 from xml.etree import ElementTree
@@ -400,7 +400,7 @@ TOOLS = ("cvat", "labelstudio", "labelme", "via", "supervisely", "darwin", "davi
 def find_export(
     source,  # folder, zip, or the file itself
 ):
-    "(tool, function that gives its `CocoFile`s), or None for what is none of TOOLS."
+    "(tool, function that gives its `CocoFile`s, its folder), or None for what is none of TOOLS."
     root = Path(source)
     if not root.exists(): return None
     alone = None
@@ -412,12 +412,12 @@ def find_export(
         alone, root = root, root.parent
     for _ in range(3):  # the export itself, or the only folder in it
         inner = [each for each in root.iterdir() if not each.name.startswith((".", "__"))]
-        if (root/"JPEGImages").is_dir() and (root/"Annotations").is_dir(): return "davis", lambda: read_davis(root)
+        if (root/"JPEGImages").is_dir() and (root/"Annotations").is_dir(): return "davis", lambda: read_davis(root), root
         if alone or len(inner) != 1 or not inner[0].is_dir() or inner[0].name.lower() in PARTS: break  # a part is no wrapper
         root = inner[0]
     files = [alone] if alone else list(_walk(root))
     for path in files:
-        if _suffix(path) == ".xml" and b"<annotations" in path.read_bytes()[:2000]: return "cvat", lambda: read_cvat(root, path)
+        if _suffix(path) == ".xml" and b"<annotations" in path.read_bytes()[:2000]: return "cvat", lambda: read_cvat(root, path), root
     jsons = [path for path in files if _suffix(path) == ".json"]
     kinds = {}
     for path in jsons:
@@ -428,8 +428,8 @@ def find_export(
     (kind, paths), = kinds.items()
     if kind in ("labelstudio", "via"):
         if len(paths) > 1: raise ValueError(f"{source}: holds {len(paths)} exports: {', '.join(path.name for path in paths[:3])}; give the path of one")
-        return kind, lambda: dict(labelstudio=read_label_studio, via=read_via)[kind](root, paths[0])
-    return kind, lambda: dict(labelme=read_labelme, supervisely=read_supervisely, darwin=read_darwin)[kind](root, paths)
+        return kind, lambda: dict(labelstudio=read_label_studio, via=read_via)[kind](root, paths[0]), root
+    return kind, lambda: dict(labelme=read_labelme, supervisely=read_supervisely, darwin=read_darwin)[kind](root, paths), root
 
 
 def kind_of(content) -> str:
@@ -445,8 +445,17 @@ def kind_of(content) -> str:
 
 
 def tool_files(source, found) -> list:
-    "`CocoFile`s of what `find_export` found; ValueError, in one line, for a record that is not as the tool writes it."
-    try: return found[1]()
+    """`CocoFile`s of what `find_export` found. A warning counts pictures that nobody has labelled, which are left out.
+
+    ValueError, in one line, for a record that is not as the tool writes it; FileNotFoundError for a picture that is not there.
+    """
+    tool, read, root = found
+    try: files = read()
     except FileNotFoundError: raise
     except (LookupError, TypeError, AttributeError, ArithmeticError, OSError, MemoryError) as error:
-        raise ValueError(f"{source}: is not as {found[0]} writes it ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from None
+        raise ValueError(f"{source}: is not as {tool} writes it ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from None
+    named = {image["file_name"] for file in files for image in file.images}
+    shown = [_relative(path, root) for path in _walk(root/"JPEGImages" if tool == "davis" else root) if _suffix(path) in PICTURES]
+    bare = [name for name in shown if name not in named]
+    if bare: warnings.warn(f"{source}: {len(bare)} of {len(shown)} pictures have no labels and are left out: {', '.join(bare[:3])}{', ...' * (len(bare) > 3)}", stacklevel=3)
+    return files
