@@ -236,6 +236,21 @@ def test_expected_latents_and_one_pass():
     close(theirs(model.expected(got)), np.exp(plain.log_softmax(logits)) @ w["quantizer/codebook"], 2e-5)
 
 
+def test_the_shipped_model_reconstructs_and_samples():
+    "magvit-sim: reconstructions far above one colour, sampled futures that keep the first frame, the taps of its name."
+    import vpenc
+    from vpenc.data.video import as_clip
+    from vpenc.training.magvit import psnr
+    model, seen = vpenc.load_magvit("magvit-sim"), vpenc.simulate(3).video[:8]
+    clip = as_clip(seen, "unit")
+    again = model.vq.decode(model.vq.encode(clip))
+    assert psnr(again, clip) > psnr(clip.mean((2, 3, 4), keepdim=True).expand_as(clip), clip) + 6
+    codes = model.sample(clip[:, :, 0], generator=torch.Generator().manual_seed(0))
+    first = model.vq.decode(codes)[:, :, 0]
+    assert codes.shape == (1, 2, 16, 16) and psnr(first, clip[:, :, 0]) > psnr(clip[:, :, 0].mean((2, 3), keepdim=True).expand_as(first), clip[:, :, 0])
+    assert vpenc.load_encoder("magvit:pre", weights="magvit-sim", device="cpu")(seen[:2]).values.shape[0] == 2
+
+
 def test_one_clip_is_learned_by_heart(tmp_path):
     "The analysis notebook `overfit`, short: eight frames of 32x32 pixels."
     papermill = pytest.importorskip("papermill")
