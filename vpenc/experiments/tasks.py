@@ -119,6 +119,7 @@ def run_tasks(
 ) -> list[dict]:
     "Run what is not done yet; a result whose labels, weights or code have changed is made again. Killed at any moment, it goes on where it was."
     out, grid = Path(out), tasks() if grid is None else list(grid)
+    for task in grid: task.row.inputs()  # a model that is not there is noticed before anything is simulated
     out.mkdir(parents=True, exist_ok=True)
     results, labels = [], {}
     with locked(out/"runner"):  # a second runner waits, and then finds all done
