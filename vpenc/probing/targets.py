@@ -334,20 +334,20 @@ def fit_target(
     standardize = Standardizer(maps)
     data = standardize(maps), truth, standardize(val_maps), val_truth
     recipe = dict(target=target.name, head=head, shapes=shapes, size=list(truth.shape[-2:]), fingerprint=features.fingerprint, seed=seed, **settings)
-    grid = product(several(lr, usual.lr), several(weight_decay, usual.weight_decay))
-    probes = [_fit_once(target, standardize, data, recipe | dict(lr=rate, weight_decay=decay)) for rate, decay in grid]
+    grid = product(several(lr, usual.lr), several(weight_decay, usual.weight_decay), _units(target, truth).items())
+    probes = [_fit_once(target, standardize, data, units, recipe | dict(lr=rate, weight_decay=decay, around=around)) for rate, decay, (around, units) in grid]
     return max(probes, key=lambda probe: probe.val_score * (1 if target.higher else -1))
 
 
-def _units(target, truth) -> tuple:
-    "The mean map (1,C,H,W) of a regression target and its spread around it (1,C,1,1); 0 and 1 for the others."
+def _units(target, truth) -> dict:
+    "Name -> what a regression target is predicted around, and its spread (1,C,1,1): the mean map (1,C,H,W), or the mean (1,C,1,1)."
     if isinstance(target, DepthTarget): truth = truth.log()
-    elif not isinstance(target, MotionTarget): return 0., 1.
-    mean = truth.mean(0, keepdim=True)
-    return mean, (truth - mean).square().mean((0, 2, 3), keepdim=True).sqrt().clamp(min=1e-4)
+    elif not isinstance(target, MotionTarget): return dict(nothing=(0., 1.))
+    means = {"mean map": truth.mean(0, keepdim=True), "mean": truth.mean((0, 2, 3), keepdim=True)}
+    return {name: (mean, (truth - mean).square().mean((0, 2, 3), keepdim=True).sqrt().clamp(min=1e-4)) for name, mean in means.items()}
 
 
-def _fit_once(target, standardize, data, recipe):
+def _fit_once(target, standardize, data, units, recipe):
     "One head with one learning rate and weight decay; the epoch with the best validation score is kept."
     maps, truth, val_maps, val_truth = data
     torch.manual_seed(recipe["seed"])
@@ -355,7 +355,7 @@ def _fit_once(target, standardize, data, recipe):
     head.prepare(maps, truth[:, 0])
     with torch.no_grad():
         for weights in head.parameters() if target.start else (): weights += target.start * torch.randn_like(weights)
-    probe = TargetProbe(target, head, standardize, recipe, *_units(target, truth))
+    probe = TargetProbe(target, head, standardize, recipe, *units)
     optimizer = OPTIMIZERS["adamw"](head.parameters(), lr=recipe["lr"], weight_decay=recipe["weight_decay"])
     generator, count = torch.Generator().manual_seed(recipe["seed"]), len(truth)
     steps = max(1, recipe["epochs"] * -(-count // recipe["batch"]))
