@@ -31,6 +31,10 @@ class Target:
     needs = ""  # the array of the labels that it reads
     start = 0.  # standard deviation of what is added to a head's first weights
 
+    def chances(self, truth) -> list:
+        "For each output, the probability whose log odds it starts at; from the training labels."
+        return [.5] * self.outputs
+
     def truth(self, labelled) -> torch.Tensor:
         "The labels as float (N,C,H,W). ValueError when the file has none."
         raise NotImplementedError
@@ -73,6 +77,8 @@ class MaskTarget(Target):
 
     def truth(self, labelled): return torch.from_numpy(self.array(labelled).astype(np.float32))[:, None]
 
+    def chances(self, truth): return [float(truth.mean())]
+
     def loss(self, raw, truth): return F.binary_cross_entropy_with_logits(raw, truth)
 
     def decode(self, raw): return (raw[:, 0] >= 0).numpy()
@@ -91,6 +97,10 @@ class SemanticTarget(Target):
     name, main, needs, outputs = "semantic", "miou", "instances", 3
 
     def truth(self, labelled): return torch.from_numpy(np.minimum(self.array(labelled), 2).astype(np.float32))[:, None]
+
+    def chances(self, truth):
+        weight = torch.bincount(truth.long().flatten(), minlength=self.outputs).float().clamp(min=1).sqrt()  # as often as the loss counts them
+        return (weight / (weight + weight.sum())).tolist()  # log odds: the logarithm of its share
 
     def loss(self, raw, truth):
         weight = torch.bincount(truth.long().flatten(), minlength=self.outputs).float().clamp(min=1).rsqrt()  # rare classes count more
@@ -167,6 +177,8 @@ class InstanceTarget(Target):
     pull, push = .5, 1.5  # distances: within an object, and half of that between means
 
     def truth(self, labelled): return torch.from_numpy(self.array(labelled).astype(np.float32))[:, None]
+
+    def chances(self, truth): return [float((truth > 0).float().mean()), *[.5] * (self.outputs - 1)]
 
     def loss(self, raw, truth):
         value = F.binary_cross_entropy_with_logits(raw[:, 0], (truth[:, 0] > 0).float())
@@ -269,9 +281,9 @@ class ManyOutputs(Head):
         super().__init__(shapes, size)
         self.heads = nn.ModuleList([HEADS[head](shapes, size, **options) for _ in range(outputs)])
 
-    def prepare(self, maps, masks):
-        "As the head's own, with outputs that start at zero."
-        for head in self.heads: head.prepare(maps, torch.full_like(masks, .5))
+    def prepare(self, maps, masks, chances):
+        "As the head's own, with outputs that start at the log odds of these chances: a start far off spoils Adam's memory of gradients."
+        for head, chance in zip(self.heads, chances): head.prepare(maps, torch.full_like(masks, chance))
 
     def read(self, maps): return torch.cat([head.read(head.project(maps)) for head in self.heads], 1)
 
@@ -352,7 +364,7 @@ def _fit_once(target, standardize, data, units, recipe):
     maps, truth, val_maps, val_truth = data
     torch.manual_seed(recipe["seed"])
     head = ManyOutputs(recipe["head"], recipe["shapes"], recipe["size"], target.outputs, **recipe["options"])
-    head.prepare(maps, truth[:, 0])
+    head.prepare(maps, truth[:, 0], target.chances(truth))
     with torch.no_grad():
         for weights in head.parameters() if target.start else (): weights += target.start * torch.randn_like(weights)
     probe = TargetProbe(target, head, standardize, recipe, *units)
