@@ -104,13 +104,6 @@ def tiny(tmp_path_factory):
     return home
 
 
-@pytest.fixture(params=["installed", "own"])
-def crc(request, monkeypatch):
-    "Both implementations of the checksum, where there are two."
-    if request.param == "own": monkeypatch.setattr(bair, "_fast_crc", lambda: None)
-    elif bair._fast_crc() is None: pytest.skip("google-crc32c is not installed")
-
-
 def check_content(path, camera="both"):
     store = ClipStore(path)
     for split, seeds in (("train", (0, 1, 2, 3, 10, 11)), ("test", (100,))):
@@ -124,7 +117,7 @@ def check_content(path, camera="both"):
 
 
 @pytest.mark.parametrize("camera", ["aux1", "main", "both"])
-def test_archive_becomes_videogpt_layout(tiny, tmp_path, crc, camera):
+def test_archive_becomes_videogpt_layout(tiny, tmp_path, camera):
     store = check_content(convert_bair(tiny / "bair.tar", tmp_path / "bair.h5", camera, jobs=1), camera)
     assert store.fields["train"] == (("actions", "tip", "main") if camera == "both" else ("actions", "tip"))
     with h5py.File(store.path) as file:
@@ -150,7 +143,7 @@ def test_two_jobs_from_a_compressed_archive(tiny, tmp_path):
 
 @pytest.mark.parametrize("number", range(2))
 @pytest.mark.parametrize("position", ["length", "length crc", "payload", "payload crc"])
-def test_one_flipped_bit_is_named(tiny, tmp_path, crc, position, number):
+def test_one_flipped_bit_is_named(tiny, tmp_path, position, number):
     source = (tiny / "softmotion30_44k/train/traj_10_to_11.tfrecords").read_bytes()
     first = len(record(example(features_of(trajectory(10)), STYLES[10 % 3])))
     begin, end = ((0, first), (first, len(source)))[number]
