@@ -157,6 +157,18 @@ def test_run_lengths_are_those_of_pycocotools():
     check()
 
 
+def test_run_lengths_that_are_cut_off():
+    "Why pycocotools does not read them: it makes a mask of what is left."
+    coco = pytest.importorskip("pycocotools.mask")
+    from vpenc.data.coco import decode_rle
+    mask = np.zeros((5, 7), np.uint8, order="F")
+    mask[1:3, 2:5] = 1
+    cut = coco.encode(mask)
+    cut["counts"] = cut["counts"][:-1]
+    assert coco.decode(cut).shape == (5, 7)
+    with pytest.raises(ValueError, match="counts add up to"): decode_rle(cut, 5, 7)
+
+
 # ---- properties
 def test_permuting_images_permutes_scores():
     from hypothesis import given, settings, strategies as st

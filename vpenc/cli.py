@@ -42,10 +42,9 @@ def data_bair(args):
 
 def data_videos(args):
     "`vpenc data videos`: all videos in a folder."
-    from vpenc.data.ingest import convert_videos
-    from vpenc.data.pictures import walk
+    from vpenc.data.ingest import convert_videos, left_out
     _converted(Path(args.out), convert_videos, args.source, size=args.size, test_share=args.test_share, jobs=args.jobs)
-    if left := walk(args.source)[1]: print(f"left out: {len(left)} hidden files and files of other programs, such as {left[0]}")
+    for why, files in left_out(args.source, args.test_share).items(): print(f"left out: {len(files)} ({why}), such as {files[0]}")
 
 
 def _converted(out: Path, convert, source, **options):
@@ -94,10 +93,13 @@ def shares_of(text: str) -> dict:
 
 
 def _save_new(labels, path: Path) -> bool:
-    "Write labels unless the same are there; FileExistsError when `path` holds something else."
+    "Write labels unless the same are there, every array; FileExistsError when `path` holds something else."
+    import numpy as np
     from vpenc.data.masks import LabelledFrames
+    from vpenc.files import digest
     if path.exists():
-        try: same = LabelledFrames.load(path).fingerprint == labels.fingerprint
+        content = lambda labels: (labels.fingerprint, {name: digest(np.asarray(value)) for name, value in labels.extras.items()})
+        try: same = content(LabelledFrames.load(path)) == content(labels)
         except ValueError: same = False
         if same: return False
         raise FileExistsError(f"{path}: is there and holds something else; remove it or choose another --out")
@@ -240,18 +242,23 @@ def predict(args):
     from PIL import Image
     from vpenc.experiments.experiment import Predictor
     from vpenc.files import atomic, progress
-    from vpenc.data.pictures import read_pictures
+    from vpenc.data.pictures import pictures_of, read_pictures
     from vpenc.views.viz import overlay
     predictor = Predictor(_existing(args.probe))
     frames, names = read_pictures(_existing(args.source), size=predictor.size[0])
     probability = predictor(frames)  # (N,H,W)
     masks = probability >= (predictor.threshold if args.threshold is None else args.threshold)
-    out = Path(args.out)
-    for name, frame, mask in progress(list(zip(file_names(names), frames, masks)), desc="masks"):
+    out, made = Path(args.out), file_names(names)
+    there = [out/folder/f"{name}.png" for name in made for folder in ("masks", "overlays") if (out/folder/f"{name}.png").exists()]
+    if there and not args.overwrite: raise FileExistsError(f"{there[0]}: is there already, and {len(there) - 1} more; choose another --out, or --overwrite")
+    for name, frame, mask in progress(list(zip(made, frames, masks)), desc="masks"):
         tinted = (overlay(frame, mask) * 255).round().astype(np.uint8)
         for folder, picture in (("masks", mask.astype(np.uint8) * 255), ("overlays", tinted)):
             with atomic(out/folder/f"{name}.png") as temporary: Image.fromarray(picture).save(temporary)
     print(f"{out}: {len(frames)} masks and overlays, {masks.mean():.1%} of the pixels in a mask")
+    source = Path(args.source)
+    if source.is_dir() and (others := sorted({p for p in source.iterdir() if p.is_file()} - {*pictures_of(source)})):
+        print(f"left out: {len(others)} files that are no pictures, or previews of those beside them, such as {others[0]}")
 
 
 def file_names(names: list) -> list:
@@ -338,8 +345,8 @@ def parser() -> argparse.ArgumentParser:
     sim.add_argument("--out", metavar="DIR", help="folder (default: data/ of the checkout, or $VPENC_DATA)")
 
     masks = command("masks", data_masks, "import labelled frames: COCO (Roboflow), frames/ and masks/, .npz arrays, or HDF5", data)
-    masks.add_argument("source", metavar="SOURCE", help="Roboflow export (folder or zip), COCO JSON, folder, .npz or HDF5 file")
-    masks.add_argument("--format", default="auto", choices=("auto", "coco", "png", "npz", "hdf5"), help="(default: auto)")
+    masks.add_argument("source", metavar="SOURCE", help="export of a labelling tool (folder, zip or file), frames/ and masks/, .npz or HDF5 file")
+    masks.add_argument("--format", default="auto", metavar="NAME", help="coco, png, npz, hdf5, cvat, labelstudio ... (default: auto, by a look at it)")
     masks.add_argument("--images", metavar="DIR", help="COCO: the pictures, when they are not beside the JSON")
     masks.add_argument("--category", nargs="+", default=[], action="extend", metavar="NAME",
                        help="the object: category names, or numbers in PNG masks (several are united)")
@@ -425,6 +432,7 @@ def parser() -> argparse.ArgumentParser:
     apply.add_argument("probe", metavar="PROBE_DIR", help="a probe's folder: DIR/probes/ROW of a batch")
     apply.add_argument("source", metavar="SOURCE", help="picture, folder of pictures, GIF or video, .npy or .npz")
     apply.add_argument("--out", required=True, metavar="DIR", help="gets masks/ and overlays/")
+    apply.add_argument("--overwrite", action="store_true", help="replace masks and overlays that are there")
     apply.add_argument("--threshold", type=float, metavar="P", help="probability (default: chosen on validation)")
 
     samples = command("futures", futures, "sample what follows a frame: films, figures, scores")

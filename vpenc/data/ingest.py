@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARRAYS', 'STILLS', 'PART_NAMES', 'build_store', 'find_videos', 'own_parts', 'listed_parts', 'source_parts',
-           'split_videos', 'convert_videos']
+           'split_videos', 'left_out', 'convert_videos']
 
 # %% ../../nbs/1_data/04_ingest.ipynb #bc45e210
 import functools, json, os, re, shutil, sys, zipfile
@@ -218,6 +218,28 @@ def split_videos(
     count = min(max(round(share * len(names)), 1), len(names) - 1) if share else 0
     held_out = set(sorted(names, key=digest)[:count])
     return {name: 'test' if name in held_out else 'train' for name in names}
+
+# %% ../../nbs/1_data/04_ingest.ipynb #bfd24b59
+def left_out(
+    source,  # folder of videos, or one file
+    test_share: float | None = None,  # as for `convert_videos`
+) -> dict:  # reason -> list of files
+    "The files below a folder that `convert_videos` does not read, by reason."
+    source = Path(source)
+    if source.is_file(): return {}
+    videos, (files, strangers) = find_videos(source), walk(source)
+    split = split_videos(videos, test_share, source)
+    unlisted = {Path(video['file']) for name, video in videos.items() if name not in split}
+    read = {Path(video['file']) for name, video in videos.items() if name in split}
+    def reason(file):
+        suffix = file.suffix.lower()
+        if file in unlisted or file.parent in unlisted and suffix in STILLS: return 'named in no list of the parts'
+        if file in read or file.parent in read and suffix in STILLS: return ''
+        if suffix == '.gif': return 'a preview of the pictures beside it'
+        return 'a picture beside videos' if suffix in STILLS else 'no film, picture or array'
+    reasons = {'hidden, or of another program': strangers}
+    for file in files: reasons.setdefault(reason(file), []).append(file)
+    return {why: found for why, found in reasons.items() if why and found}
 
 # %% ../../nbs/1_data/04_ingest.ipynb #5ff73831
 def _read_one(file, size, index=None):
