@@ -1,5 +1,8 @@
 """Pictures and films as people have them: values are known beforehand, or come from the libraries that wrote the files."""
+import struct
 from fractions import Fraction
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,3 +167,53 @@ def test_cvat_and_windows(tmp_path):
         (tmp_path / "annotations" / f"instances_{part}.json").write_text(json.dumps(content))
     labels = import_labels(tmp_path)
     assert labels.counts == dict(train=1, val=1) and labels.masks.sum((1, 2)).tolist() == [400, 400]
+
+
+CONTAINERS = ("mov", "m4v", "mkv", "webm", "avi", "m1v", "mpg", "wmv", "3gp", "flv", "f4v", "vob")
+
+
+@pytest.fixture(scope="module")
+def demo():
+    "The folder of iscc-samples' clip in many containers and codecs (CC BY 4.0), and the MP4's first 60 frames."
+    samples = pytest.importorskip("iscc_samples")
+    folder = Path(samples.__file__).parent / "files" / "video"
+    return folder, first(folder / "demo.mp4", 60)
+
+
+def first(path, count):
+    "The first frames of a film, small."
+    from vpenc.data.pictures import _film_frames
+    return np.stack([np.asarray(Image.fromarray(frame).resize((22, 18), Image.BOX)) for frame in islice(_film_frames(path), count)]).astype(int)
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_one_clip_in_many_containers(demo, container):
+    "The same frames come out of each, whoever encoded it; a container may lose or repeat up to two at the start."
+    folder, wanted = demo
+    seen = first(folder / f"demo.{container}", 60)
+    assert len(seen) == 60
+    error = {shift: np.abs(seen[2 + shift:58 + shift] - wanted[2:58]).mean() for shift in range(-2, 3)}
+    best = min(error, key=error.get)
+    assert error[best] < 4 and all(error[best] < .8 * value for shift, value in error.items() if shift != best), error
+
+
+def test_a_film_that_some_ffmpeg_cannot_decode(demo):
+    "Either the right frames, or one line that names the film; none are made up."
+    try: seen = first(demo[0] / "demo.ogv", 60)
+    except ValueError as error: assert "cannot read film" in str(error) and "demo.ogv" in str(error)
+    else: assert np.abs(seen - demo[1]).mean() < 6
+
+
+@pytest.mark.parametrize("matrix, turns", [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)], ids=["90", "180", "270"])
+def test_films_of_phones_are_turned(tmp_path, matrix, turns):
+    "The matrix in an MP4's track header (ISO 14496-12, 8.3.2) turns the picture: a quarter to the right for (0, 1, -1, 0)."
+    frame = plain((0, 0, 0), (64, 96))
+    frame[:32, :48] = 255, 0, 0
+    frame[32:, 48:] = 0, 0, 255
+    path = film(tmp_path / "phone.mp4", [frame] * 3)
+    data, unit = path.read_bytes(), 1 << 16
+    def packed(a, b, c, d): return struct.pack(">9i", a * unit, b * unit, 0, c * unit, d * unit, 0, 0, 0, 1 << 30)
+    at = data.index(packed(1, 0, 0, 1), data.index(b"tkhd"))
+    path.write_bytes(data[:at] + packed(*matrix) + data[at + 36:])
+    shown = read_pictures(path)[0][0].astype(int)
+    assert np.abs(shown - np.rot90(frame, turns).astype(int)).mean() < 4

@@ -16,8 +16,8 @@ from .video import as_frames, to_uint8
 from ..files import atomic, did_you_mean
 
 # %% ../../nbs/1_data/02_pictures.ipynb #d50750e9
-PICTURES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp', '.tif', '.tiff', '.gif')
-FILMS = ('.mp4', '.mov', '.avi', '.mkv', '.webm')
+PICTURES = ('.png', '.apng', '.jpg', '.jpeg', '.jfif', '.bmp', '.webp', '.tif', '.tiff', '.ppm', '.pgm', '.gif')
+FILMS = ('.mp4', '.m4v', '.mov', '.avi', '.mkv', '.webm', '.mpg', '.mpeg', '.m1v', '.m2v', '.ogv', '.wmv', '.flv', '.ts', '.mts', '.m2ts', '.3gp', '.3g2', '.asf', '.f4v', '.vob')
 ANIMATIONS = ('GIF', 'WEBP', 'PNG')  # formats of which all frames are read
 
 def upright(image):
@@ -125,8 +125,9 @@ def _film_frames(path):
         with av.open(str(path)) as film:
             stream = film.streams.video[0]
             times = np.array(sorted(packet.pts for packet in film.demux(stream) if packet.pts is not None), float)
-            copies = np.bincount(even_steps(times), minlength=len(times))
-            film.seek(0)
+        copies = np.bincount(even_steps(times), minlength=len(times))
+        with av.open(str(path)) as film:  # anew: not every container can be wound back
+            stream = film.streams.video[0]
             for i, frame in enumerate(film.decode(stream)):
                 count = 1 if (copies == 1).all() else copies[i] if i < len(copies) else 0
                 if count: yield from [_film_picture(frame, stream)] * count
