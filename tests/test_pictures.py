@@ -217,3 +217,16 @@ def test_films_of_phones_are_turned(tmp_path, matrix, turns):
     path.write_bytes(data[:at] + packed(*matrix) + data[at + 36:])
     shown = read_pictures(path)[0][0].astype(int)
     assert np.abs(shown - np.rot90(frame, turns).astype(int)).mean() < 4
+
+
+def test_interlaced_films_show_one_moment(tmp_path):
+    "Upper rows show a bar on the left, lower rows one on the right: the frame read shows the left one only, without a comb."
+    path, woven = tmp_path / "tv.mkv", plain((0, 0, 0), (64, 64))
+    woven[::2, 8:24], woven[1::2, 40:56] = 255, 255
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=10, options={"crf": "1", "x264-params": "tff=1"})
+        stream.height, stream.width, stream.pix_fmt = 64, 64, "yuv444p"
+        for _ in range(3): out.mux(stream.encode(av.VideoFrame.from_ndarray(woven, format="rgb24")))
+        out.mux(stream.encode())
+    shown = read_pictures(path)[0][1][..., 0].astype(int)
+    assert shown[:, 10:22].min() > 200 and shown[:, 42:54].max() < 60

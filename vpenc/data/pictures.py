@@ -134,13 +134,14 @@ def _film_frames(path):
     except (av.error.FFmpegError, IndexError) as error: raise ValueError(f'cannot read film {path}: {error}') from None
 
 def _film_picture(frame, stream):
-    "A decoded frame as it is shown, uint8 (H, W, 3): colours by its matrix and range, square pixels, upright."
+    "A decoded frame as it is shown, uint8 (H, W, 3): colours by its matrix and range, square pixels, upright; one field of two."
     from av.video.reformatter import Colorspace
     unknown = int(frame.colorspace) not in (1, 4, 5, 6, 7)  # then by height, as players do: HD is BT.709, the rest BT.601
     space = (Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601) if unknown else None
     aspect = frame.width, frame.height
     if (ratio := stream.sample_aspect_ratio) and ratio != 1: aspect = max(round(frame.width * ratio), 1), frame.height
     rgb = frame.reformat(*aspect, format='rgb24', src_colorspace=space).to_ndarray()
+    if getattr(frame, 'interlaced_frame', False): rgb = np.repeat(rgb[::2], 2, 0)[:len(rgb)]  # two moments in one frame: the upper field
     return np.ascontiguousarray(np.rot90(rgb, round(getattr(frame, 'rotation', 0) / 90) % 4))
 
 # %% ../../nbs/1_data/02_pictures.ipynb #1b4bc32d
