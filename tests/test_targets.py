@@ -58,3 +58,19 @@ def test_wrong_settings_are_one_line(tmp_path, capsys):
         assert main([*words, *(["--out", str(tmp_path / "out")] if words[0] == "run" else [])]) == 2
         error = capsys.readouterr().err.strip()
         assert said in error and "Traceback" not in error, error
+
+
+def test_common_fate(labels, tmp_path):
+    "Every way is in the tables, with the number of frames that it was asked for."
+    run("common_fate", tmp_path, rows="pixels linear7x7", clips=6, test=8, counts="1,4", few="1", frames=2, futures=1, seeds="0", data=str(labels),
+        cache=str(tmp_path / "cache"), out=str(tmp_path / "fate"))
+    import pandas as pd
+    table, alone = pd.read_csv(tmp_path / "fate/common-fate.csv"), pd.read_csv(tmp_path / "fate/predictor-alone.csv")
+    assert table.fitted_to.tolist() == ["labels", "labels", "motion", "motion + labels"] and table.k.tolist() == [1, 4, 0, 1]
+    assert ((table.low <= table.iou) & (table.iou <= table.high)).all() and table.worth[2:].notna().all()
+    assert len(alone) == 5 and (alone.frames == 2).all() and alone.iou.between(0, 1).all()
+    everything = alone.set_index("way").iou["floor: everything"]
+    from vpenc.data.masks import LabelledFrames
+    assert everything == pytest.approx(LabelledFrames.load(labels).part("test").masks[:2].mean(), abs=1e-4)  # IoU of all pixels is the mask's share
+    result = json.loads((tmp_path / "fate/common-fate.json").read_text())
+    assert result["test"] == 8 and result["futures"] == 1 and 0 <= result["agreement"] <= 1
