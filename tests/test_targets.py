@@ -80,7 +80,7 @@ def test_propagation_and_forecasts(tmp_path):
     "The sections of `analysis/tasks` that need clips, on two of them."
     import pandas as pd
     labels = generate_labels(tmp_path / "sim-few.h5", SimConfig(), dict(train=8, val=3, test=3), processes=1)
-    run("tasks", tmp_path, targets="mask", encoders="pixels", head="linear7x7", labels=8, test=3, epochs=1, seeds="0", clips=2, futures=1,
+    run("tasks", tmp_path, targets="mask", encoders="pixels", head="linear7x7", labels=8, test=3, epochs=1, seeds="0", clips=2, futures=1, toys=0,
         data=str(labels), cache=str(tmp_path / "cache"), out=str(tmp_path / "tasks"))
     carried, ahead = pd.read_csv(tmp_path / "tasks/propagation.csv"), pd.read_csv(tmp_path / "tasks/forecast.csv")
     assert carried.encoder.tolist() == ["first mask, copied", "pixels"] and carried.j.between(0, 1).all() and carried.gain.isna().all()

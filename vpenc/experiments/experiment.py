@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'VALUE_RANGE', 'DOMAINS', 'ADAPTERS', 'TUNING', 'PAPER_TABLE1', 'TABLE1_TAPS', 'TABLE1_FLOORS', 'TAPS',
-           'PROBES', 'MAGVIT', 'MAGVIT_TAPS', 'GRIDS', 'BLOCK', 'KEPT', 'check_encoder', 'Experiment', 'PaperRow',
-           'table1', 'magvit_rows', 'full', 'smoke', 'labels_path', 'make_labels', 'ensure_labels', 'Parts',
+           'PROBES', 'MAGVIT', 'MAGVIT_TAPS', 'GRIDS', 'BLOCK', 'SAMPLED', 'KEPT', 'check_encoder', 'Experiment',
+           'PaperRow', 'table1', 'magvit_rows', 'full', 'smoke', 'labels_path', 'make_labels', 'ensure_labels', 'Parts',
            'parts_for', 'pieces', 'features_at', 'features_of_views', 'concatenate', 'Stopwatch', 'Fitted',
            'fit_experiment', 'same_fit', 'load_labelled', 'blocks', 'code_of', 'fit_frozen', 'kept_probe', 'fit_tuned',
            'recipe', 'result_of', 'finite', 'score', 'image_means', 'record', 'versions', 'peak_memory',
@@ -324,14 +324,16 @@ def parts_for(
 
 # %% ../../nbs/6_experiments/01_experiment.ipynb #1dd68516
 BLOCK = 128  # frames in a cached block
+SAMPLED = 50  # the same where codes are sampled, which is slow: as few frames as possible that nobody asked for
 
 
 def pieces(
     split,  # (N,) the part each frame belongs to
+    size=BLOCK,  # frames in a block at most
 ) -> list:
-    "Indices of the frames of each part, in blocks of at most BLOCK."
+    "Indices of the frames of each part, in blocks."
     parts = [np.flatnonzero(split == name) for name in dict.fromkeys(split.tolist())]
-    return [part[start:start + BLOCK] for part in parts for start in range(0, len(part), BLOCK)]
+    return [part[start:start + size] for part in parts for start in range(0, len(part), size)]
 
 
 def features_at(
@@ -343,12 +345,12 @@ def features_at(
     "FeatureMap of some frames, from the blocks that hold them."
     from vpenc.encoders.features import extract
     found, maps = [], []
-    for piece in pieces(labelled.split):
+    sampled = encoder.tap.endswith("codes")  # in many small steps: as many frames at a time as there are
+    for piece in pieces(labelled.split, SAMPLED if sampled else BLOCK):
         wanted = np.flatnonzero(np.isin(piece, indices))
         if not len(wanted): continue
         found.append(piece[wanted])
-        batch = 32 if encoder.tap.endswith("codes") else 16  # sampling takes many small steps
-        maps.append(extract(encoder, labelled.frames[piece], cache, batch).take(wanted))
+        maps.append(extract(encoder, labelled.frames[piece], cache, SAMPLED if sampled else 16).take(wanted))
     rows = {index: i for i, index in enumerate(np.concatenate(found).tolist())}
     return concatenate(maps).take([rows[index] for index in np.asarray(indices).tolist()])
 
