@@ -153,7 +153,7 @@ def claim_folder(out: Path, config, init: str | None = None):
             raise ValueError(f"{out} holds a run with {k}={there.get(k)}, not {plain[k]}; choose another folder to train anew")
 
 # %% ../../nbs/3_training/07_pretrain.ipynb #9215ce99
-def model_card(config, rows: list[dict], preset: str, store: ClipStore, finished: bool, bits=None, pictures=(), start="") -> str:
+def model_card(config, rows: list[dict], preset: str, store: ClipStore, finished: bool, bits=None, pictures=(), start="", inherited=()) -> str:
     "Markdown: what the model is, what it was trained on, for how long, and what came out."
     last = {row["stage"]: row for row in rows}
     state = "" if finished else "\n**Half-trained**: an export made while training goes on.\n"
@@ -176,7 +176,7 @@ def model_card(config, rows: list[dict], preset: str, store: ClipStore, finished
         "| stage | windows | steps | batch | minutes | training loss | held out |", "|---|---|---|---|---|---|---|"]
     for stage in config.stages:
         if row := last.get(stage):
-            lines.append(f"| {stage} | {row.get('windows', '')} | {row['step']} | {config.plan(stage).batch_size} | {row['minutes']:.1f} | {row['loss']:.3f} | {held_out(row)} |")
+            lines.append(f"| {stage} | {row.get('windows', '')} | {row['step']} | {'see below' if stage in inherited else config.plan(stage).batch_size} | {row['minutes']:.1f} | {row['loss']:.3f} | {held_out(row)} |")
     if bits:
         lines += ["\n| held-out prediction | bits per code, by latent time | bits per pixel |", "|---|---|---|"]
         lines += [f"| {title} | {' '.join(f'{b:.2f}' for b in bits[name])} | {bits[f'{name}_per_pixel']:.4f} |" for name, title in BASELINES.items() if name in bits]
@@ -243,10 +243,11 @@ def export_model(
     "Save float16 weights, card, log and a picture of the curves."
     kept = given is not None and same_codes(model, given)
     start, rows, pictures = heritage(init, kept)
+    inherited = {row["stage"] for row in rows}
     rows, before = rows + read_log(Path(out)/"log.jsonl"), given if kept and isinstance(given, VideoGPT) else None
     pictures = [path for path in (*pictures, *(Path(out)/f"{name}.png" for name in PICTURES)) if path.exists() and finished]
     bits = code_bits(model, store, before=before) if finished and isinstance(model, VideoGPT) else None
-    card = model_card(config, rows, preset, store, finished, bits, pictures, start)
+    card = model_card(config, rows, preset, store, finished, bits, pictures, start, inherited)
     with contextlib.nullcontext() if finished else contextlib.redirect_stdout(io.StringIO()):  # speak only when done
         save_pretrained(model, folder, card=card, dtype=torch.float16)
     write_log(Path(folder)/"log.jsonl", rows)
