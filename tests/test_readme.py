@@ -119,3 +119,20 @@ def test_numbers_of_real_frames_come_from_the_run():
     assert re.findall(r"\d\.\d{3} \(\d\.\d{3} to \d\.\d{3}\)", said) == zero + alone
     run = json.loads((REFERENCE / "real/real.json").read_text())
     assert (run["labels"], run["data"]["frames"], run["data"]["units"]) == (150, 28, 7) and "150 simulated labels" in said and "28 real BAIR frames of 7 trajectories" in said
+
+
+def test_numbers_of_common_fate_come_from_the_run():
+    "Every score of the paragraph is a cell of the published tables, in its order."
+    folder = REFERENCE / "common_fate"
+    rows = [row for row in csv.DictReader(open(folder / "common-fate.csv"))]
+    motion = {(row["encoder"], row["head"]): row for row in rows if row["fitted_to"] == "motion"}
+    both = {row["k"]: row for row in rows if row["fitted_to"] == "motion + labels" and row["encoder"] == "videogpt:resnet:stages"}
+    alone = {row["way"]: row for row in csv.DictReader(open(folder / "predictor-alone.csv"))}
+    span = lambda row, names=("iou", "low", "high"), form=".3f": "{} ({} to {})".format(*(f"{float(row[name]):{form}}" for name in names))
+    wanted = [span(motion[each]) for each in (("videogpt:resnet:stages", "linear1x1"), ("random/videogpt:resnet:stages", "linear1x1"), ("pixels", "linear7x7"))]
+    wanted += [span(both[k], ("motion_adds", "adds_low", "adds_high"), "+.3f") for k in ("1", "25")]
+    wanted += [span(alone[way]) for way in ("change over sampled futures", "floor: mean mask of the labels")]
+    said = " ".join(README.split("**Is motion enough?**")[1].split("**Does it hold")[0].split())
+    assert re.findall(r"[+-]?\d\.\d{3} \([+-]?\d\.\d{3} to [+-]?\d\.\d{3}\)", said) == wanted
+    run = json.loads((folder / "common-fate.json").read_text())
+    assert f"at {run['agreement']:.3f} only" in said and (run["clips"], run["test"], run["frames"], run["futures"], len(run["seeds"])) == (150, 200, 24, 4, 2)
