@@ -136,3 +136,13 @@ def test_numbers_of_common_fate_come_from_the_run():
     assert re.findall(r"[+-]?\d\.\d{3} \([+-]?\d\.\d{3} to [+-]?\d\.\d{3}\)", said) == wanted
     run = json.loads((folder / "common-fate.json").read_text())
     assert f"at {run['agreement']:.3f} only" in said and (run["clips"], run["test"], run["frames"], run["futures"], len(run["seeds"])) == (150, 200, 24, 4, 2)
+
+
+def test_numbers_of_magvit_come_from_the_run():
+    folder = REFERENCE / "magvit"
+    rows = {row["encoder"]: f"{float(row['iou']):.3f} ({float(row['low']):.3f} to {float(row['high']):.3f})" for row in csv.DictReader(open(folder / "rows.csv"))}
+    said = " ".join(README.split("**And MAGVIT?**")[1].split("**Does fine-tuning")[0].split())
+    assert re.findall(r"\d\.\d{3} \(\d\.\d{3} to \d\.\d{3}\)", said) == [rows["magvit:hidden[1]"], rows["random/magvit:hidden[1]"]]
+    pairs = {(row["a"], row["b"]): row for row in csv.DictReader(open(folder / "pairs.csv"))}
+    for tokenizer in ("magvit:pre", "vqvae:pre"): assert float(pairs[tokenizer, f"random/{tokenizer}"]["low"]) < 0  # "neither is easier to read"
+    assert float(pairs["magvit:hidden[1]", "random/magvit:hidden[1]"]["low"]) > .3
