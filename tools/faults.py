@@ -58,7 +58,7 @@ session = LabelSession(out/"session", frames, ["robot"])
 for i in range(len(frames)):
     if session.states[i] is None: session.draw(i, frames[i, ..., 0] > 128)
 """)
-WHAT = dict(generate="all arrays and attributes of the file", ingest="all arrays and attributes of the store", cache="all bytes of the features",
+WHAT = dict(generate="all arrays and attributes of the file", ingest="all arrays and attributes of the store", cache="all features, bit by bit",
             train="weights (bytes) and log, without its minutes", batch="results, without times, memory and versions", label="masks of all frames")
 
 
@@ -88,7 +88,11 @@ def content(kind, out) -> str:
             add(sorted((k, str(v)) for k, v in file.attrs.items()))
             for name in sorted(file): add(name, file[name].shape, file[name].dtype.str), state.update(np.ascontiguousarray(file[name][:]).tobytes())
     elif kind == "cache":
-        for path in sorted(out.rglob("*.safetensors")): add(path.relative_to(out)), state.update(path.read_bytes())
+        from safetensors import safe_open
+        for path in sorted(p for p in out.rglob("*.safetensors") if not p.name.startswith(".")):  # a killed writer leaves its temporary file
+            with safe_open(path, "np") as file:  # safetensors writes the entries of its header in any order
+                add(path.relative_to(out), sorted((file.metadata() or {}).items()))
+                for name in sorted(file.keys()): add(name), state.update(np.ascontiguousarray(file.get_tensor(name)).tobytes())
     elif kind == "train":
         state.update((out/"run"/"model"/"model.safetensors").read_bytes())
         add([{k: v for k, v in json.loads(line).items() if k != "minutes"} for line in (out/"run"/"log.jsonl").read_text().splitlines()])
