@@ -48,6 +48,7 @@ def write_parts(
 ):
     "Compute and write every part of the features that `folder` does not hold yet."
     from safetensors.torch import save_file
+    for left in Path(folder).glob(".*.safetensors"): left.unlink(missing_ok=True)  # of a writer that was killed; the lock keeps others out
     with torch.no_grad(), progress(desc=desc, total=len(frames), unit="frame") as bar:
         for start, path in part_paths(folder, len(frames)).items():
             part = frames[start:start + PART]
