@@ -102,7 +102,7 @@ def content(kind, out) -> str:
             add(path.name, {k: result[k] for k in ("scores", "per_image", "images", "interval", "units", "history", "frozen", "iou")})
     else:
         from PIL import Image
-        for path in sorted((out/"session"/"masks").glob("*.png")): add(path.name), state.update(np.asarray(Image.open(path)).tobytes())
+        for path in sorted((out/"session"/"masks").glob("[!.]*.png")): add(path.name), state.update(np.asarray(Image.open(path)).tobytes())
     return state.hexdigest()[:12]
 
 

@@ -30,8 +30,8 @@ def atomic(
         yield temporary
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; results are meant to be shared
         os.replace(temporary, path)
-    except OSError as error:
-        if error.errno == errno.ENOSPC or "No space left" in str(error):
+    except Exception as error:  # safetensors and h5py have error classes of their own
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise OSError(errno.ENOSPC, f"no space left on the disk while writing {path}; nothing was changed") from None
         raise
     finally:
