@@ -349,15 +349,21 @@ def _arranged(maps) -> list:
     return [m.contiguous(memory_format=torch.channels_last) if m.dim() == 4 else m for m in maps]
 
 # %% ../../nbs/5_probing/05_probe.ipynb #6e049f4a
-def _fit_once(name, shapes, data, standardize, recipe, lr, weight_decay, loss, optimizer, augment, protocol, seed, start) -> Probe:
-    "Train one head at one learning rate and weight decay; returns a Probe with its best epoch."
-    maps, masks, val_maps, val_masks = data
-    views = len(maps[0]) // len(masks)
+def _first_head(name, shapes, data, recipe, seed, start):
+    "The head that every candidate starts from: new and prepared, or that of `start`."
+    maps, masks, *_ = data
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         head = copy.deepcopy(start.head) if start else HEADS[name](shapes, tuple(masks.shape[-2:]), **recipe.options)
     head = head.to(masks.device, memory_format=torch.channels_last)
-    if not start: head.prepare(maps, masks[:, 0].repeat(views, 1, 1))
+    if not start: head.prepare(maps, masks[:, 0].repeat(len(maps[0]) // len(masks), 1, 1))
+    return head
+
+
+def _fit_once(name, shapes, data, standardize, recipe, lr, weight_decay, loss, optimizer, augment, protocol, seed, start) -> Probe:
+    "Train one head at one learning rate and weight decay; returns a Probe with its best epoch."
+    maps, masks, val_maps, val_masks = data
+    views, head = len(maps[0]) // len(masks), _first_head(name, shapes, data, recipe, seed, start)
     probe = Probe(head, standardize, dict(head=name, options=recipe.options, shapes=shapes, size=list(masks.shape[-2:]),
                                           protocol=protocol, lr=lr, weight_decay=weight_decay, seed=seed))
     inputs, batch = head.project(maps), min(recipe.batch or len(masks), len(masks))
@@ -397,12 +403,7 @@ def _stackable(head, recipe, loss, optimizer, augment, protocol) -> bool:
 def _fit_together(name, shapes, data, standardize, recipe, loss, optimizer, augment, protocol, seed, start) -> list:
     "The same Probes as those of `_fit_each`, from batches that all candidates share."
     maps, masks, val_maps, val_masks = data
-    views, pairs = len(maps[0]) // len(masks), list(product(recipe.lr, recipe.weight_decay))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        head = copy.deepcopy(start.head) if start else HEADS[name](shapes, tuple(masks.shape[-2:]), **recipe.options)
-    head = head.to(masks.device)
-    if not start: head.prepare(maps, masks[:, 0].repeat(views, 1, 1))
+    views, pairs, head = len(maps[0]) // len(masks), list(product(recipe.lr, recipe.weight_decay)), _first_head(name, shapes, data, recipe, seed, start)
     stack, generator = Stack([conv.weight for conv in head.convs], head.convs[0].bias, *zip(*pairs), masks.shape[-2:]), torch.Generator().manual_seed(seed)
 
     def read(indices):
