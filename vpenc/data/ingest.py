@@ -19,14 +19,14 @@ from .pictures import FILMS, PICTURES, by_number, pictures_of, read_video, walk
 from .video import ClipStore, as_frames, to_uint8, write_clips
 
 # %% ../../nbs/1_data/04_ingest.ipynb #0a2aaf1b
-def _work(folder, names, each=None):
-    "Convert the parts `names` of the job in `folder`; `each()` is called after every part."
-    folder, parent = Path(folder), os.getppid()
+def _work(folder, names, parent=None, each=None):
+    "Convert the parts `names` of the job in `folder`, while the process `parent` lives if one is given; `each()` is called after every part."
+    folder = Path(folder)
     job = read_json(folder / 'job.json')
     module, name = job['reader'].split(':')
     def watched(trajectories):
         for trajectory in trajectories:
-            if os.getppid() != parent: raise SystemExit  # whoever started this worker is gone
+            if parent and os.getppid() != parent: raise SystemExit  # whoever started this worker is gone
             yield trajectory
     for part, trajectories in getattr(import_module(module), name)({name: job['parts'][name] for name in names}):
         write_clips(folder / part, {job['parts'][part]['split']: watched(trajectories)}, compress=False)
@@ -40,7 +40,7 @@ def _child():
 # %% ../../nbs/1_data/04_ingest.ipynb #b2a829e9
 def _run_workers(folder, names, workers, bar):
     "Let child processes convert the parts `names`; ValueError with the line of the first that fails."
-    before, shares = bar.n, [dict(folder=str(folder), names=names[i::workers]) for i in range(workers)]
+    before, shares = bar.n, [dict(folder=str(folder), names=names[i::workers], parent=os.getpid()) for i in range(workers)]
     def watch(): bar.update(before + sum((folder / name).exists() for name in names) - bar.n)
     try: run_children('from vpenc.data.ingest import _child; _child()', shares, watch)
     except ChildProcessError as error: raise ValueError(str(error)) from None
@@ -95,7 +95,7 @@ def build_store(
         workers = min(jobs or _free_cores(), len(missing))
         with progress(desc=f'converting for {path.name}', total=len(parts), initial=len(parts) - len(missing)) as bar:
             if workers > 1: _run_workers(folder, missing, workers, bar)
-            elif workers: _work(folder, missing, bar.update)
+            elif workers: _work(folder, missing, each=bar.update)
         _assemble(path, folder, job)
         shutil.rmtree(folder, ignore_errors=True)
     return path

@@ -109,11 +109,12 @@ def _read_part(path):
     "The records of a part, as a dict of stacked arrays."
     try:
         with h5py.File(path, 'r') as file: return {name: file[name][:] for name in file}
+    except FileNotFoundError: raise ValueError(f'{path} is missing: run again') from None
     except OSError: raise ValueError(f'{path} is damaged: remove it and run again') from None
 
-def _work(folder, worker=0, workers=1, each=None):
-    "Make every `workers`-th missing part of the job in `folder`; `each()` is called after every record."
-    folder, parent = Path(folder), os.getppid()
+def _work(folder, worker=0, workers=1, parent=None, each=None):
+    "Make every `workers`-th missing part of the job in `folder`, while the process `parent` lives if one is given; `each()` is called after every record."
+    folder = Path(folder)
     job = read_json(folder / 'job.json')
     config, record = SimConfig(**job['config']), dict(clips=_clip_record, labels=_label_record)[job['kind']]
     for name, items in list(_plan(job).items())[worker::workers]:  # the shares must not depend on what others have done
@@ -122,7 +123,7 @@ def _work(folder, worker=0, workers=1, each=None):
         for split, toys, index in items:
             records.append(record(index, config, toys))
             if each: each()
-            if os.getppid() != parent: return  # whoever started this worker is gone
+            if parent and os.getppid() != parent: return  # whoever started this worker is gone
         _write_part(folder / name, records)
 
 # %% ../../nbs/1_data/07_sim.ipynb #a854893f
@@ -131,7 +132,7 @@ def _run_workers(folder, workers, bar):
     plan = _plan(read_json(folder / 'job.json'))
     def watch(): bar.update(sum(len(items) for name, items in plan.items() if (folder / name).exists()) - bar.n)
     code = 'import json, sys; from vpenc.data.sim import _work; _work(*json.load(sys.stdin))'
-    try: run_children(code, [(str(folder), i, workers) for i in range(workers)], watch)
+    try: run_children(code, [(str(folder), i, workers, os.getpid()) for i in range(workers)], watch)
     except ChildProcessError as error: raise ChildProcessError(f'a simulation worker failed: {error}') from None
 
 # %% ../../nbs/1_data/07_sim.ipynb #87b76f89
