@@ -59,14 +59,14 @@ def _converted(out: Path, convert, source, **options):
 def data_masks(args):
     "`vpenc data masks`: labelled frames of other tools as one HDF5 file, with a summary and overlays to look at."
     from vpenc.data.coco import category_counts, coco_files, describe, guess_format, import_labels
-    from vpenc.data.masks import check_split, split_by_trajectory
+    from vpenc.data.masks import check_split, split_by_trajectory, with_copies
     source, out = _existing(args.source), Path(args.out)
     kind = guess_format(source) if args.format == "auto" else args.format
     shares = shares_of(args.split) if args.split not in (None, "", "keep") else None
     labels = import_labels(source, kind, args.category, args.images, args.size, args.trajectory, not args.drop_unlabelled)
     kept = args.split == "keep" or not args.split and (len(labels.counts) > 1 or kind == "hdf5")
     if kept: check_split(labels)
-    else: labels.split = split_by_trajectory(labels.trajectory, shares or shares_of(DRAWN), args.seed)
+    else: labels.split = split_by_trajectory(with_copies(labels), shares or shares_of(DRAWN), args.seed)
     print(f"{out}: {'made' if _save_new(labels, out) else 'there already'}\n{describe(labels)}")
     print("parts: as in the source" + "; --split draws new ones" * (not args.split) if kept else f"parts: drawn by trajectory, {args.split or DRAWN}, seed {args.seed}")
     if kind == "coco":

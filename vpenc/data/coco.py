@@ -21,7 +21,7 @@ from ..files import atomic, did_you_mean, progress, write_json
 from .pictures import to_rgb
 from .exports import TOOLS, find_export, tool_files
 from .outlines import PARTS, CocoFile, decode_rle, encode_rle, fill_polygon, unpack_counts
-from .masks import (SUBPIXELS, LabelledFrames, cover, fit_frame, fit_mask, open_picture, placement, read_label_arrays, read_label_folder,
+from .masks import (SUBPIXELS, LabelledFrames, cover, fit_frame, fit_mask, label_roots, open_picture, placement, source_split, read_label_arrays, read_label_folder,
                          sample_mask, trajectory_ids)
 
 _all_ = ["CocoFile", "decode_rle", "encode_rle", "fill_polygon", "unpack_counts"]
@@ -231,6 +231,10 @@ def read_coco(
     if images is not None and not Path(images).is_dir(): raise FileNotFoundError(f"{images}: no such folder of pictures")
     records = [(file, record) for file in files for record in file.images
                if unlabelled or file.annotations[record["id"]]]
+    given = None
+    if not any(file.part for file in files):
+        kept, given = source_split([record["file_name"] for _, record in records], source)
+        records = [records[i] for i in kept]
     ids = _trajectories(records, trajectory)
     read = [_read_image(file, record, Path(images) if images is not None else file.path.parent, chosen, size)
             for file, record in progress(records, desc="pictures")]
@@ -238,7 +242,7 @@ def read_coco(
     file_names = [f"{file.part}/{record['file_name']}".lstrip("/") for file, record in records]
     annotations = [len(file.annotations[record["id"]]) for file, record in records]
     extras = dict(file=np.char.encode(file_names, "utf-8"), annotations=np.array(annotations), skipped=np.array(skipped))
-    return LabelledFrames(np.stack(frames), np.stack(masks), ids, [file.part or "train" for file, _ in records],
+    return LabelledFrames(np.stack(frames), np.stack(masks), ids, [file.part or "train" for file, _ in records] if given is None else given,
                           name or Path(source).resolve().stem, extras)
 
 # %% ../../nbs/1_data/13_coco.ipynb #9ea27a33
@@ -324,7 +328,7 @@ def guess_format(
     "One of FORMATS. FileNotFoundError, or ValueError for what is none of them."
     path = Path(source)
     if not path.exists(): raise FileNotFoundError(f"{path}: no such file or folder")
-    if path.is_dir() and (path/"frames").is_dir() and (path/"masks").is_dir(): return "png"
+    if path.is_dir() and label_roots(path): return "png"
     if found := find_export(path): return found[0]
     if path.is_dir(): return "coco"
     if h5py.is_hdf5(path) or path.suffix.lower() in (".h5", ".hdf5"): return "hdf5"

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['REQUIRED', 'MAKE_AGAIN', 'SUBPIXELS', 'check_frames', 'check_masks', 'LabelledFrames', 'read_labels', 'load_labels',
            'save_labels', 'placement', 'sample_mask', 'cover', 'fit_frame', 'fit_mask', 'trajectory_ids',
-           'open_picture', 'read_mask', 'pictures_in', 'read_label_folder', 'read_label_arrays', 'deal',
-           'split_by_trajectory', 'check_split', 'split_by_frame']
+           'open_picture', 'read_mask', 'pictures_in', 'label_roots', 'source_split', 'read_label_folder',
+           'read_label_arrays', 'deal', 'split_by_trajectory', 'check_split', 'equal_frames', 'with_copies',
+           'split_by_frame']
 
 # %% ../../nbs/1_data/10_masks.ipynb #14f7da96
-import io, math, re, zipfile, zlib
+import io, math, re, warnings, zipfile, zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import h5py
 import numpy as np
 
 from ..files import atomic, did_you_mean, digest, progress
+from .ingest import PART_NAMES, listed_parts, own_parts
 from .pictures import PICTURES, to_rgb, upright, walk
 from .video import as_frames, sensor_noise, to_uint8
 
@@ -296,28 +298,53 @@ def pictures_in(
         found[name] = path
     return found
 
+# %% ../../nbs/1_data/10_masks.ipynb #a1459867
+def label_roots(
+    folder,
+) -> dict:  # name -> folder with frames/ and masks/; the name is '' for the folder itself
+    "Where labelled pictures lie: in the folder itself, or in its folders called train, val, test or alike; empty if in neither."
+    whole = lambda path: (path/"frames").is_dir() and (path/"masks").is_dir()
+    if whole(Path(folder)): return {"": Path(folder)}
+    return {path.name: path for path in sorted(Path(folder).iterdir()) if path.name.lower() in PART_NAMES and whole(path)}
+
+
+def source_split(
+    names,  # of all pictures, such as 'train/0007' or 'run_b/0007'
+    source,  # folder that may hold lists of the parts, such as train.csv or val.txt
+) -> tuple:
+    "Indices of the pictures that are kept, and their parts, (K,) str; None where the source has no parts. A warning counts pictures in none of its lists."
+    given = own_parts(names) or listed_parts(source, names)
+    if len(set(given.values())) < 2: return np.arange(len(names)), None
+    kept = np.array([i for i, name in enumerate(names) if name in given])
+    out = [name for name in names if name not in given]
+    if out: warnings.warn(f"{source}: {len(out)} of {len(names)} pictures are in none of its lists and are left out: {', '.join(out[:3])}{', ...' * (len(out) > 3)}", stacklevel=3)
+    return kept, np.array([given[names[i]] for i in kept])
+
 # %% ../../nbs/1_data/10_masks.ipynb #35475b20
 def read_label_folder(
-    folder,  # holds frames/NAME.png or .jpg, and masks/NAME.png
+    folder,  # holds frames/NAME.png or .jpg, and masks/NAME.png; or train/, val/, test/ do
     size=None,  # resize and crop to this height and width; None: all frames must be equally large
     values=None,  # see `read_mask`
     trajectory=None,  # a regular expression for the names, or the ids themselves; None: each frame is its own video
     **options,  # `split`, `name`: passed on to LabelledFrames
 ) -> LabelledFrames:
-    "`LabelledFrames` from pairs of pictures, in order of name. ValueError names the first file that does not fit."
+    "`LabelledFrames` from pairs of pictures, in order of name, with the source's own parts. ValueError names the first file that does not fit."
     folder = Path(folder)
-    pictures, masks = pictures_in(folder/"frames"), pictures_in(folder/"masks")
+    roots = label_roots(folder) or {"": folder}
+    pictures, masks = ({f"{part}/{name}".lstrip("/"): path for part, root in roots.items() for name, path in pictures_in(root/kind).items()} for kind in ("frames", "masks"))
     if not pictures: raise FileNotFoundError(f"{folder/'frames'}: there is no picture in it; expected frames/NAME.png")
     unpaired = sorted(pictures.keys() ^ masks.keys())
     if unpaired:
         raise ValueError(f"{folder}: {unpaired[0]} is not in both frames/ and masks/ ({len(unpaired)} such files)")
-    read = [_pair(pictures[name], masks[name], size, values) for name in progress(pictures, desc=folder.name)]
+    kept, split = source_split(list(pictures), folder)
+    pictures = {name: pictures[name] for name in np.array(list(pictures))[kept].tolist()}
+    read = [_pair(path, masks[name], size, values) for name, path in progress(pictures.items(), desc=folder.name)]
     for path, (frame, _) in zip(pictures.values(), read):
         if frame.shape != read[0][0].shape:
             raise ValueError(f"{path}: frame {frame.shape[:2]}; expected {read[0][0].shape[:2]} as before, or give size=")
     if isinstance(trajectory, str): trajectory = trajectory_ids(list(pictures), trajectory)
     names = np.char.encode(list(pictures), "utf-8")
-    options = dict(name=folder.resolve().name, extras=dict(file=names)) | options
+    options = dict(name=folder.resolve().name, extras=dict(file=names), split=split) | options
     return LabelledFrames(*map(np.stack, zip(*read)), trajectory, **options)
 
 
@@ -375,13 +402,38 @@ def split_by_trajectory(
 def check_split(
     labels,  # LabelledFrames
 ):
-    "ValueError when frames of one trajectory are in two parts: names the first such trajectory."
+    "ValueError when frames of one trajectory, or two equal frames, are in two parts: names the first of them."
     pairs = np.unique(np.stack([labels.trajectory.astype(str), labels.split]), axis=1)  # (2, P)
     ids, counts = np.unique(pairs[0], return_counts=True)
     if (counts > 1).any():
         first, parts = ids[counts.argmax()], pairs[1, pairs[0] == ids[counts.argmax()]]
         raise ValueError(f"{labels.name}: trajectory {first} has frames in {' and '.join(parts)} ({(counts > 1).sum()} such "
                          "trajectories); split by trajectory, for example train=.6,val=.2,test=.2")
+    for copies in equal_frames(labels):
+        parts = dict(zip(labels.split[copies].tolist(), copies))
+        if len(parts) > 1:
+            (one, i), (two, j) = list(parts.items())[:2]
+            raise ValueError(f"{labels.name}: {_frame_name(labels, i)} in {one} and {_frame_name(labels, j)} in {two} are the same picture; "
+                             "remove one of them, or draw new parts, for example train=.6,val=.2,test=.2")
+
+
+def equal_frames(labels) -> list:
+    "Index arrays of the frames that are equal, value for value; only where there are two or more."
+    found = {}
+    for i, frame in enumerate(labels.frames): found.setdefault(digest(frame), []).append(i)
+    return [np.array(copies) for copies in found.values() if len(copies) > 1]
+
+
+def _frame_name(labels, i): return labels.extras["file"][i].decode() if "file" in labels.extras else f"frame {i}"
+
+
+def with_copies(
+    labels,  # LabelledFrames
+) -> np.ndarray:
+    "The trajectories (N,), where all that share an equal frame count as one: what `split_by_trajectory` needs to keep copies together."
+    joined = labels.trajectory.copy()
+    for copies in equal_frames(labels): joined[np.isin(joined, joined[copies])] = joined[copies].min()
+    return joined
 
 
 def split_by_frame(
