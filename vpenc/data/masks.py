@@ -301,11 +301,11 @@ def pictures_in(
 # %% ../../nbs/1_data/10_masks.ipynb #a1459867
 def label_roots(
     folder,
-) -> dict:  # name -> folder with frames/ and masks/; the name is '' for the folder itself
-    "Where labelled pictures lie: in the folder itself, or in its folders called train, val, test or alike; empty if in neither."
-    whole = lambda path: (path/"frames").is_dir() and (path/"masks").is_dir()
-    if whole(Path(folder)): return {"": Path(folder)}
-    return {path.name: path for path in sorted(Path(folder).iterdir()) if path.name.lower() in PART_NAMES and whole(path)}
+) -> dict:  # part -> its folders of frames and of masks; the part is '' for the folder itself
+    "Where labelled pictures lie: frames/ (or images/) and masks/ in the folder itself, or in its folders called train, val, test or alike; empty if in neither."
+    def pair(path): return next(((path/name, path/"masks") for name in ("frames", "images") if (path/name).is_dir() and (path/"masks").is_dir()), None)
+    if found := pair(Path(folder)): return {"": found}
+    return {path.name: found for path in sorted(Path(folder).iterdir()) if path.name.lower() in PART_NAMES and (found := pair(path))}
 
 
 def source_split(
@@ -322,7 +322,7 @@ def source_split(
 
 # %% ../../nbs/1_data/10_masks.ipynb #35475b20
 def read_label_folder(
-    folder,  # holds frames/NAME.png or .jpg, and masks/NAME.png; or train/, val/, test/ do
+    folder,  # holds frames/NAME.png or .jpg (or images/), and masks/NAME.png; or train/, val/, test/ do
     size=None,  # resize and crop to this height and width; None: all frames must be equally large
     values=None,  # see `read_mask`
     trajectory=None,  # a regular expression for the names, or the ids themselves; None: each frame is its own video
@@ -330,8 +330,8 @@ def read_label_folder(
 ) -> LabelledFrames:
     "`LabelledFrames` from pairs of pictures, in order of name, with the source's own parts. ValueError names the first file that does not fit."
     folder = Path(folder)
-    roots = label_roots(folder) or {"": folder}
-    pictures, masks = ({f"{part}/{name}".lstrip("/"): path for part, root in roots.items() for name, path in pictures_in(root/kind).items()} for kind in ("frames", "masks"))
+    roots = label_roots(folder) or {"": (folder/"frames", folder/"masks")}
+    pictures, masks = ({f"{part}/{name}".lstrip("/"): path for part, places in roots.items() for name, path in pictures_in(places[kind]).items()} for kind in (0, 1))
     if not pictures: raise FileNotFoundError(f"{folder/'frames'}: there is no picture in it; expected frames/NAME.png")
     unpaired = sorted(pictures.keys() ^ masks.keys())
     if unpaired:
