@@ -449,9 +449,11 @@ def same_fit(experiment, probe, before, now) -> bool:
 
 
 def load_labelled(experiment: Experiment):
-    "The labelled frames of a row."
-    from vpenc.data.masks import LabelledFrames
-    return LabelledFrames.load(ensure_labels(experiment))
+    "The labelled frames of a row. ValueError when a trajectory, or equal frames, of a given file are in two parts."
+    from vpenc.data.masks import LabelledFrames, check_split
+    labelled = LabelledFrames.load(ensure_labels(experiment))
+    if experiment.data: check_split(labelled)
+    return labelled
 
 
 def blocks(indices) -> list:
