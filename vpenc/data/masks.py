@@ -418,9 +418,10 @@ def check_split(
 
 
 def equal_frames(labels) -> list:
-    "Index arrays of the frames that are equal, value for value; only where there are two or more."
+    "Index arrays of the frames that are equal, value for value; only where there are two or more. Frames of one colour do not count: they show nothing."
     found = {}
-    for i, frame in enumerate(labels.frames): found.setdefault(digest(frame), []).append(i)
+    for i, frame in enumerate(labels.frames):
+        if (frame != frame[:1, :1]).any(): found.setdefault(digest(frame), []).append(i)
     return [np.array(copies) for copies in found.values() if len(copies) > 1]
 
 
