@@ -231,10 +231,10 @@ def read_coco(
     if images is not None and not Path(images).is_dir(): raise FileNotFoundError(f"{images}: no such folder of pictures")
     records = [(file, record) for file in files for record in file.images
                if unlabelled or file.annotations[record["id"]]]
-    given = None
+    parts = [file.part or "train" for file, _ in records]
     if not any(file.part for file in files):
         kept, given = source_split([record["file_name"] for _, record in records], source)
-        records = [records[i] for i in kept]
+        records, parts = [records[i] for i in kept], given if given is not None else parts
     ids = _trajectories(records, trajectory)
     read = [_read_image(file, record, Path(images) if images is not None else file.path.parent, chosen, size)
             for file, record in progress(records, desc="pictures")]
@@ -242,7 +242,7 @@ def read_coco(
     file_names = [f"{file.part}/{record['file_name']}".lstrip("/") for file, record in records]
     annotations = [len(file.annotations[record["id"]]) for file, record in records]
     extras = dict(file=np.char.encode(file_names, "utf-8"), annotations=np.array(annotations), skipped=np.array(skipped))
-    return LabelledFrames(np.stack(frames), np.stack(masks), ids, [file.part or "train" for file, _ in records] if given is None else given,
+    return LabelledFrames(np.stack(frames), np.stack(masks), ids, parts,
                           name or Path(source).resolve().stem, extras)
 
 # %% ../../nbs/1_data/13_coco.ipynb #9ea27a33

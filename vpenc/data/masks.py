@@ -336,15 +336,17 @@ def read_label_folder(
     unpaired = sorted(pictures.keys() ^ masks.keys())
     if unpaired:
         raise ValueError(f"{folder}: {unpaired[0]} is not in both frames/ and masks/ ({len(unpaired)} such files)")
-    kept, split = source_split(list(pictures), folder)
-    pictures = {name: pictures[name] for name in np.array(list(pictures))[kept].tolist()}
+    if "split" not in options:
+        kept, options["split"] = source_split(list(pictures), folder)
+        names = list(pictures)
+        pictures = {names[i]: pictures[names[i]] for i in kept}
     read = [_pair(path, masks[name], size, values) for name, path in progress(pictures.items(), desc=folder.name)]
     for path, (frame, _) in zip(pictures.values(), read):
         if frame.shape != read[0][0].shape:
             raise ValueError(f"{path}: frame {frame.shape[:2]}; expected {read[0][0].shape[:2]} as before, or give size=")
     if isinstance(trajectory, str): trajectory = trajectory_ids(list(pictures), trajectory)
     names = np.char.encode(list(pictures), "utf-8")
-    options = dict(name=folder.resolve().name, extras=dict(file=names), split=split) | options
+    options = dict(name=folder.resolve().name, extras=dict(file=names)) | options
     return LabelledFrames(*map(np.stack, zip(*read)), trajectory, **options)
 
 
