@@ -63,7 +63,7 @@ def data_masks(args):
     source, out = _existing(args.source), Path(args.out)
     kind = guess_format(source) if args.format == "auto" else args.format
     shares = shares_of(args.split) if args.split not in (None, "", "keep") else None
-    labels = import_labels(source, kind, args.category, args.images, args.size, args.trajectory, not args.drop_unlabelled)
+    labels = import_labels(source, kind, args.category, args.images, args.size, args.trajectory, not args.drop_unlabelled, own_parts=not shares)
     kept = args.split == "keep" or not args.split and (len(labels.counts) > 1 or kind == "hdf5")
     if kept: check_split(labels)
     else: labels.split = split_by_trajectory(with_copies(labels), shares or shares_of(DRAWN), args.seed)

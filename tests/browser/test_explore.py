@@ -124,8 +124,7 @@ def test_cursor_and_zoom_are_shared(explorer):
     e.page.mouse.click(*middle)
     e.settled()
     e.page.keyboard.press("ArrowRight")
-    e.settled()
-    assert "frame 10 of 16" in e.title("frame")
+    wait_for(lambda: "frame 10 of 16" in e.title("frame"), "the next frame")
     e.page.keyboard.press(" ")  # plays
     wait_for(lambda: "frame 14 of 16" in e.title("frame"), "it plays")
     e.page.keyboard.press(" ")

@@ -220,6 +220,7 @@ def read_coco(
     unlabelled=True,  # keep pictures without any annotation, with an empty mask
     name=None,  # of the data set
     files=None,  # the `CocoFile`s, when they are read already (`vpenc.data.exports`)
+    own_parts=True,  # where the names or lists tell parts; pictures in none of the lists are left out
 ) -> LabelledFrames:
     """`LabelledFrames` with the export's own parts ('train' where it has none), in the order of parts and JSON.
 
@@ -232,7 +233,7 @@ def read_coco(
     records = [(file, record) for file in files for record in file.images
                if unlabelled or file.annotations[record["id"]]]
     parts = [file.part or "train" for file, _ in records]
-    if not any(file.part for file in files):
+    if own_parts and not any(file.part for file in files):
         kept, given = source_split([record["file_name"] for _, record in records], source)
         records, parts = [records[i] for i in kept], given if given is not None else parts
     ids = _trajectories(records, trajectory)
@@ -346,6 +347,7 @@ def import_labels(
     size=64,  # height and width wanted
     trajectory=None,  # regular expression that finds the video in a picture's name
     unlabelled=True,  # COCO: keep pictures without any annotation
+    own_parts=True,  # keep the parts that names or lists tell, without the pictures in none of the lists; False: all pictures, for parts to be drawn
 ) -> LabelledFrames:
     "`LabelledFrames` of any source. FileNotFoundError or ValueError, in one line, when it does not fit."
     if format == "auto": format = guess_format(source)
@@ -354,9 +356,9 @@ def import_labels(
     if format in TOOLS:
         found = find_export(source)
         if not found or found[0] != format: raise ValueError(f"{source}: is no export of {format}" + f"; it looks like one of {found[0]}" * bool(found))
-        labels = read_coco(source, category, images, size, trajectory, unlabelled, files=tool_files(source, found))
-    elif format == "coco": labels = read_coco(source, category, images, size, trajectory, unlabelled)
-    elif format == "png": labels = read_label_folder(source, size, _numbers(category) or None, trajectory)
+        labels = read_coco(source, category, images, size, trajectory, unlabelled, files=tool_files(source, found), own_parts=own_parts)
+    elif format == "coco": labels = read_coco(source, category, images, size, trajectory, unlabelled, own_parts=own_parts)
+    elif format == "png": labels = read_label_folder(source, size, _numbers(category) or None, trajectory, **{} if own_parts else dict(split=None))
     else: labels = _resized(source, size, category, trajectory)
     if not labels.masks.any(): raise ValueError(f"{source}: all masks are empty; expected the object in at least one frame")
     return labels
