@@ -79,11 +79,12 @@ def explorer(lab, open_notebook):
 
 def test_every_control_changes_what_it_should(explorer):
     e = explorer
-    assert e.panels() == ["frame", "pca", "similarity", "channel", "codes", "usage", "entropy", "mask"]
+    assert e.panels() == ["frame", "pca", "similarity", "channel", "codes", "usage", "entropy", "mask", "depth", "motion"]
+    assert "abs_rel" in e.title("depth") and "epe" in e.title("motion")
     assert "IoU" in e.title("mask") and "frame 9 of 16" in e.title("frame")
     e.notebook.screenshot("explore_begin", e.root)
 
-    assert e.changed(lambda: e.set("frame", 11)) >= {"frame", "pca", "similarity", "channel", "codes", "entropy", "mask"}
+    assert e.changed(lambda: e.set("frame", 11)) >= {"frame", "pca", "similarity", "channel", "codes", "entropy", "mask", "depth", "motion"}
     assert "frame 12 of 16" in e.title("frame")
     assert "similarity" in (changed := e.changed(lambda: e.click("frame", .3, .6))) and changed <= {"similarity", "usage"}
     assert "y 19, x 38" in e.title("similarity")
@@ -106,12 +107,12 @@ def test_cursor_and_zoom_are_shared(explorer):
     readout = e.root.locator(".readout").inner_text()
     assert "y 40, x 19" in readout and "entropy" in readout and "codes" in readout
     shown = e.page.evaluate(f"() => [...document.querySelectorAll('{ROOT} .linked .cell')].filter(c => c.offsetWidth > 0).length")
-    assert shown == 7  # all but the usage
+    assert shown == 9  # all but the usage
     e.page.keyboard.down("Shift")
     e.page.mouse.wheel(0, -300)
     e.page.keyboard.up("Shift")
     transforms = e.page.evaluate(f"() => [...document.querySelectorAll('{ROOT} figure:not([hidden]) .stage')].map(s => s.style.transform)")
-    assert len(set(transforms)) == 2 and sum("scale" in t for t in transforms) == 7
+    assert len(set(transforms)) == 2 and sum("scale" in t for t in transforms) == 9
     e.page.mouse.move(middle[0] + 1, middle[1] + 1)
     assert "y 40, x 19" in e.root.locator(".readout").inner_text()  # the position under the pointer has not moved
     before = e.root.locator(".readout").inner_text()

@@ -231,7 +231,7 @@ function link(boxes, readout, ask) {
 
 // ---- The widget ------------------------------------------------------------------------------------------------------
 
-const NAMES = ["frame", "pca", "similarity", "channel", "codes", "usage", "entropy", "mask", "futures"];
+const NAMES = ["frame", "pca", "similarity", "channel", "codes", "usage", "entropy", "mask", "semantic", "instances", "depth", "motion", "futures"];
 
 // Draws what the kernel shows and asks for what the user moves. `data-asked` and `data-drawn` count states, so that a test can
 // measure from one to the other.

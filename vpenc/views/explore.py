@@ -265,12 +265,13 @@ def explore(
     probe=None,  # a folder from `save_probe`, or frames (N,H,W,3) -> probabilities (N,H,W)
     taps=None,  # names of taps to compute; None: all
     device=None,  # None: the GPU if there is one
+    targets=(),  # read from the shown tap beside the mask, such as ("depth", "motion"); see `vpenc.probing.targets.TARGETS`
     save_to=None,  # folder of saved figures; None: outputs/explore of the checkout, or explore/ here
     **state,  # where to begin: fields of `ExploreState`
 ):
     "The explorer as a widget: the last line of a cell. Errors are shown in it, in one line."
     if save_to is None: save_to = project_root()/"outputs"/"explore" if project_root() else Path("explore")
-    return widget_class()(Explorer(data, encoder, probe, taps, device), ExploreState(**state), save_to)
+    return widget_class()(Explorer(data, encoder, probe, taps, device, targets), ExploreState(**state), save_to)
 
 # %% ../../nbs/7_views/06_explore.ipynb #4a0fac6d
 def redraw_times(

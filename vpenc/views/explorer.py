@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STEP', 'KEPT', 'FUTURES', 'TOOLS', 'finish', 'named_maps', 'code_tap', 'reading', 'read_maps', 'quick_probe',
-           'feature_map', 'drawing', 'draw_futures', 'ExploreState', 'named', 'Explorer', 'SetColoring', 'load_video',
-           'loading', 'ready', 'beside', 'taps', 'fix', 'limits', 'views', 'describe', 'fitting', 'unfitted',
-           'threshold', 'mask_panel', 'can_sample', 'sampling', 'drawn', 'futures_panel', 'preparing', 'panels',
-           'figure', 'code']
+           'quick_target', 'as_labels', 'feature_map', 'drawing', 'draw_futures', 'ExploreState', 'named', 'Explorer',
+           'SetColoring', 'load_video', 'loading', 'ready', 'beside', 'taps', 'fix', 'limits', 'views', 'describe',
+           'fitting', 'unfitted', 'threshold', 'mask_panel', 'target_panels', 'can_sample', 'sampling', 'drawn',
+           'futures_panel', 'preparing', 'panels', 'figure', 'code']
 
 # %% ../../nbs/7_views/05_explorer.ipynb #d5f36f19
 import re
@@ -20,7 +20,10 @@ import torch
 from ..encoders.futures import condition_of, decode, futures_of, has_futures
 from ..encoders.taps import Encoder, FeatureMap, load_encoder
 from ..files import did_you_mean, progress
-from .panels import Coloring, Panel, Usage, cell_at, code_panels, iou, mask_picture, ordinal, panel_figure, shade, similarity, strip
+from ..data.masks import LabelledFrames
+from ..probing.targets import find_target, fit_target
+from .panels import (Coloring, Panel, Usage, answer_picture, answer_range, cell_at, code_panels, iou, mask_picture, ordinal, panel_figure, shade, similarity,
+                          strip)
 from .sets import Reference, Trajectories, open_set
 
 # %% ../../nbs/7_views/05_explorer.ipynb #3c12e496
@@ -87,6 +90,23 @@ def quick_probe(
     return fit_probe(feature_map(maps), reference.masks, head="linear1x1", trajectory=groups, lr=2e-2, device="cpu")
 
 
+def quick_target(
+    maps,  # (N,T,C,h,w) of the reference frames
+    reference: Reference,  # of at least two trajectories, with what the target reads
+    target,  # a name in `vpenc.probing.targets.TARGETS`, or a Target
+):
+    "A `linear1x1` TargetProbe fitted on reference frames; its epoch is chosen on a fifth of their trajectories."
+    val = np.isin(reference.trajectory, np.unique(reference.trajectory)[::5])
+    features, labels = feature_map(maps), as_labels(reference.frames, reference.masks, reference.truths)
+    parts = [(features.take(torch.from_numpy(where)), labels.take(np.flatnonzero(where))) for where in (~val, val)]
+    return fit_target(*parts[0], target, val=parts[1], lr=2e-2, epochs=12)
+
+
+def as_labels(frames, masks, truths) -> LabelledFrames:
+    "Frames with what is known of them; masks may be None."
+    return LabelledFrames(frames, np.zeros(frames.shape[:3], bool) if masks is None else masks, name="set", extras=truths)
+
+
 def feature_map(maps) -> FeatureMap:
     "NumPy maps (N,T,C,h,w) as a FeatureMap, for a probe."
     return FeatureMap(torch.from_numpy(np.asarray(maps, np.float32)), (1, 1, 1), "explore", "")
@@ -148,15 +168,17 @@ class Explorer:
         probe=None,  # a folder from `save_probe`, or frames (N,H,W,3) -> probabilities (N,H,W); None: a quick probe, where there are labels
         taps=None,  # names of taps to compute, for models whose taps do not all fit into memory; None: all
         device=None,  # None: the GPU if there is one
+        targets=(),  # names in `vpenc.probing.targets.TARGETS` beside the mask, such as "depth" and "motion": read from the shown tap where the set has their truth
     ):
         self.sources, self.models = named(data, "videos"), named(encoder)
+        self.targets = {target.name: target for target in map(find_target, [targets] if isinstance(targets, str) else targets) if target.name != "mask"}
         self.probe, self.taps_wanted, self.device = probe, taps, device
         if isinstance(probe, (str, Path)):
             from vpenc.experiments.experiment import Predictor
             self.predict = Predictor(probe)
         else: self.predict = probe
         self.sets, self.encoders, self.references, self.colorings = {}, {}, {}, {}
-        self.videos, self.maps, self.probes, self.probabilities, self.futures = {}, {}, {}, {}, {}
+        self.videos, self.maps, self.probes, self.probabilities, self.answers, self.futures = {}, {}, {}, {}, {}, {}
 
     def set(self, state) -> Trajectories:
         "The set of a state."
@@ -301,7 +323,7 @@ def views(self: Explorer, state) -> dict:
     if ("entropy", 0) in maps:
         entropy, coloring = at(("entropy", 0))[0], known.colorings["entropy", 0]
         panels["entropy"] = Panel(shade(entropy, coloring.low[0], coloring.high[0], "cividis"), f"entropy, mean {entropy.mean(dtype=float):.2f} nats", entropy)
-    return panels | self.mask_panel(state, video, masks) | self.futures_panel(state, video)
+    return panels | self.mask_panel(state, video, masks) | self.target_panels(state) | self.futures_panel(state, video)
 
 
 def describe(state) -> str:
@@ -314,7 +336,13 @@ Explorer.views = views
 # %% ../../nbs/7_views/05_explorer.ipynb #2486389d
 def _probed(self: Explorer, state) -> tuple:
     "Key of a trajectory's probabilities."
-    return self._at(state) + (() if self.predict else (state.tap, state.layer))
+    return self._at(state) + (() if self.predict and not self.targets else (state.tap, state.layer))
+
+
+def _asked(self: Explorer, state) -> dict:
+    "Target -> key of its answers, for those whose truth the set has."
+    known = self.references[self.set(state).name].truths
+    return {name: (*self._at(state), state.tap, state.layer, name) for name, target in self.targets.items() if target.needs in known}
 
 
 def fitting(self: Explorer, state):
@@ -324,6 +352,25 @@ def fitting(self: Explorer, state):
     reference, key = self.references[self.set(state).name], self._probed(state)
     if not self.unfitted(state): return
     yield "probing", 0.
+    if (self.predict or reference.masks is not None) and key not in self.probabilities: self._fit_mask(state, video, reference, key)
+    asked = [(name, where) for name, where in self._asked(state).items() if where not in self.answers]
+    for i, (name, where) in enumerate(asked):
+        yield f"probing {name}", (i + 1) / (len(asked) + 1)
+        self._fit_target(state, reference, name, where)
+    for known in (self.probabilities, self.answers):
+        for old in [old for old in known if old[:3] not in self.maps]: del known[old]
+    yield "probing", 1.
+
+
+def _fit_target(self: Explorer, state, reference, name, where):
+    "Fit the target's probe, if the tap has none yet, and keep its answers of the trajectory."
+    set_key, tap = self._at(state)[:2], (state.tap, state.layer)
+    if (*set_key, *tap, name) not in self.probes: self.probes[*set_key, *tap, name] = quick_target(self.colorings[set_key].maps[tap], reference, self.targets[name])
+    self.answers[where] = self.probes[*set_key, *tap, name].predict(feature_map(self.maps[self._at(state)][tap]))
+
+
+def _fit_mask(self: Explorer, state, video, reference, key):
+    "Fit the mask's probe, if there is none yet, and keep its probabilities of the trajectory."
     if self.predict: probability = np.asarray(self.predict(video))
     else:
         set_key, tap = self._at(state)[:2], (state.tap, state.layer)
@@ -333,14 +380,12 @@ def fitting(self: Explorer, state):
     if probability.shape != video.shape[:3]:
         raise ValueError(f"probe: gave {probability.shape} for frames {video.shape}; expected {video.shape[:3]}")
     self.probabilities[key] = probability
-    for old in [old for old in self.probabilities if old[:3] not in self.maps]: del self.probabilities[old]
-    yield "probing", 1.
 
 
 def unfitted(self: Explorer, state) -> bool:
     "Whether `fitting` has something to do for a loaded state."
     possible = self.predict or self.references[self.set(state).name].masks is not None
-    return bool(possible) and self._probed(state) not in self.probabilities
+    return bool(possible) and self._probed(state) not in self.probabilities or any(key not in self.answers for key in self._asked(state).values())
 
 
 def threshold(self: Explorer, state) -> float:
@@ -364,8 +409,24 @@ def mask_panel(self: Explorer, state, video, masks) -> dict:
     return dict(mask=Panel(shown, title, probability[state.frame]))
 
 
-Explorer._probed, Explorer.fitting, Explorer.unfitted = _probed, fitting, unfitted
-Explorer.threshold, Explorer.mask_panel = threshold, mask_panel
+def target_panels(self: Explorer, state) -> dict:
+    "Target -> what the probe of the shown tap answers for the frame, with its score; only those fitted so far."
+    (video, masks), found = self.load_video(state), {}
+    for name, where in self._asked(state).items():
+        if where not in self.answers: continue
+        target, answer = self.targets[name], self.answers[where][state.frame]
+        truths = {known: values[[state.frame]] for known, values in self.set(state).truths(where[2]).items()}
+        score = float(target.measure(answer[None], target.truth(as_labels(video[[state.frame]], None if masks is None else masks[[state.frame]], truths)))[target.main][0])
+        low, high = answer_range(self.references[self.set(state).name].truths[target.needs])
+        values = answer if answer.ndim == 2 else np.linalg.norm(answer, axis=-1)
+        span = "" if answer.dtype.kind in "iub" else f" {low:.2f} to {high:.2f}" if answer.ndim == 2 else f", full colour at {high:.1f} pixels"
+        found[name] = Panel(answer_picture(answer, low, high), f"{name}{span}: {target.main} {score:.2f}", values)
+    return found
+
+
+Explorer._probed, Explorer._asked, Explorer.fitting, Explorer.unfitted = _probed, _asked, fitting, unfitted
+Explorer._fit_target, Explorer._fit_mask = _fit_target, _fit_mask
+Explorer.threshold, Explorer.mask_panel, Explorer.target_panels = threshold, mask_panel, target_panels
 
 # %% ../../nbs/7_views/05_explorer.ipynb #1bc06843
 FUTURES = 3  # samples that the widget's button draws
@@ -482,8 +543,8 @@ panels = dict(
 
 
 TOOLS = {  # module -> functions that the code may use
-    "explorer": ("draw_futures", "feature_map", "quick_probe", "read_maps"),
-    "panels": ("Coloring", "Usage", "cell_at", "code_picture", "mask_picture", "shade", "similarity", "strip"),
+    "explorer": ("draw_futures", "feature_map", "quick_probe", "quick_target", "read_maps"),
+    "panels": ("Coloring", "Usage", "answer_picture", "answer_range", "cell_at", "code_picture", "mask_picture", "shade", "similarity", "strip"),
     "sets": ("open_set",),
 }
 
@@ -509,6 +570,10 @@ panels["entropy"] = shade(now("entropy", 0)[0], coloring.low[0], coloring.high[0
 {probed}label = None if masks is None else masks[frame]
 panels["mask"] = mask_picture(video[frame], probability[frame], {self.threshold(state)}, label)
 """,
+        **{name: f"""
+answer = quick_target(set_maps[{key}], reference, {name!r}).predict(feature_map(maps[{key}]))[frame]
+panels[{name!r}] = answer_picture(answer, *answer_range(reference.truths[{target.needs!r}]))
+""" for name, target in self.targets.items()},
         futures=f"""
 panels["futures"] = strip(video[frame:], draw_futures(encoder, video[frame], count={state.futures}))
 """)

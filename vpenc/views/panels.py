@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Panel', 'shade', 'Coloring', 'cell_at', 'similarity', 'Usage', 'code_picture', 'ordinal', 'code_panels',
-           'mask_picture', 'iou', 'strip', 'panel_figure']
+           'mask_picture', 'iou', 'answer_picture', 'answer_range', 'strip', 'panel_figure']
 
 # %% ../../nbs/7_views/03_panels.ipynb #be047995
 import functools
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .viz import PCAColors, id_colors, overlay
+from .viz import PCAColors, flow_rgb, id_colors, overlay
 
 # %% ../../nbs/7_views/03_panels.ipynb #cc851166
 @dataclass
@@ -142,6 +142,25 @@ def iou(predicted, label) -> float:
     "Mean IoU of masks (N,H,W)."
     from vpenc.probing.metrics import iou_per_image
     return float(iou_per_image(predicted, label).mean())
+
+# %% ../../nbs/7_views/03_panels.ipynb #d0fc6545
+def answer_picture(
+    answer,  # of one frame: integers (H,W), floats (H,W) or motions (H,W,2)
+    low=0.,  # number of the first colour
+    high=1.,  # number of the last colour; speed of full saturation
+) -> np.ndarray:
+    "uint8 (H,W,3)."
+    if answer.ndim == 3: colours = flow_rgb(answer, high)
+    elif answer.dtype.kind in "iub": colours = id_colors(answer)
+    else: return shade(answer, low, high)
+    return (colours * 255).round().astype(np.uint8)
+
+
+def answer_range(truth) -> tuple:
+    "(low, high) of many frames' true answers, in which 96 % of them lie: of numbers, or of the speeds of motions; (0, 1) for ids."
+    if truth.dtype.kind in "iub": return 0., 1.
+    if truth.ndim == 4: return 0., max(float(np.percentile(np.linalg.norm(truth, axis=-1), 98)), .5)
+    return tuple(float(end) for end in np.percentile(truth, [2, 98]))
 
 # %% ../../nbs/7_views/03_panels.ipynb #e82556e2
 def strip(
