@@ -420,7 +420,8 @@ def target_panels(self: Explorer, state) -> dict:
         low, high = answer_range(self.references[self.set(state).name].truths[target.needs])
         values = answer if answer.ndim == 2 else np.linalg.norm(answer, axis=-1)
         span = "" if answer.dtype.kind in "iub" else f" {low:.2f} to {high:.2f}" if answer.ndim == 2 else f", full colour at {high:.1f} pixels"
-        found[name] = Panel(answer_picture(answer, low, high), f"{name}{span}: {target.main} {score:.2f}", values)
+        learnt = "" if self.probes[*where[:2], *where[3:]].epoch else " (no epoch was better than none)"
+        found[name] = Panel(answer_picture(answer, low, high), f"{name}{span}: {target.main} {score:.2f}{learnt}", values)
     return found
 
 
