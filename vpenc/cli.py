@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DRAWN', 'data_sim', 'data_bair', 'data_videos', 'data_masks', 'shares_of', 'draw_overlays', 'pretrain', 'convert',
-           'run', 'run_targets', 'assignment', 'table', 'report', 'bair_table', 'step', 'predict', 'file_names',
-           'bench', 'futures', 'info', 'parser', 'main']
+           'run', 'run_targets', 'assignment', 'table', 'report', 'bair_table', 'step', 'predict', 'save_answers',
+           'file_names', 'bench', 'futures', 'info', 'parser', 'main']
 
 # %% ../nbs/81_cli.ipynb #ecee55c7
 import argparse, os, sys
@@ -246,7 +246,8 @@ def predict(args):
     from vpenc.views.viz import overlay
     predictor = Predictor(_existing(args.probe))
     frames, names = read_pictures(_existing(args.source), size=predictor.size[0])
-    probability = predictor(frames)  # (N,H,W)
+    probability = predictor(frames)  # (N,H,W), or a target's answers
+    if predictor.target and predictor.target.name != "mask": return save_answers(predictor.target, probability, file_names(names), Path(args.out), args.overwrite)
     masks = probability >= (predictor.threshold if args.threshold is None else args.threshold)
     out, made = Path(args.out), file_names(names)
     there = [out/folder/f"{name}.png" for name in made for folder in ("masks", "overlays") if (out/folder/f"{name}.png").exists()]
@@ -259,6 +260,22 @@ def predict(args):
     source = Path(args.source)
     if source.is_dir() and (others := sorted({p for p in source.iterdir() if p.is_file()} - {*pictures_of(source)})):
         print(f"left out: {len(others)} files that are no pictures, or previews of those beside them, such as {others[0]}")
+
+
+def save_answers(target, answers, names, out, overwrite=False):
+    "The answers to a target as arrays, `answers/NAME.npy`, and as pictures with the same colours for the same values, `pictures/NAME.png`."
+    import numpy as np
+    from PIL import Image
+    from vpenc.files import atomic, progress
+    from vpenc.views.panels import answer_picture, answer_range
+    there = [path for name in names for path in (out/f"answers/{name}.npy", out/f"pictures/{name}.png") if path.exists()]
+    if there and not overwrite: raise FileExistsError(f"{there[0]}: is there already, and {len(there) - 1} more; choose another --out, or --overwrite")
+    low, high = answer_range(answers)
+    for name, answer in progress(list(zip(names, answers)), desc=target.name):
+        with atomic(out/f"answers/{name}.npy") as temporary, open(temporary, "wb") as file: np.save(file, answer)
+        with atomic(out/f"pictures/{name}.png") as temporary: Image.fromarray(answer_picture(answer, low, high)).save(temporary)
+    colours = "" if answers.dtype.kind in "iub" else f"; colours from {low:.3g} to {high:.3g}"
+    print(f"{out}: {len(names)} answers to {target.name!r}, {answers.dtype} {answers.shape[1:]} each{colours}")
 
 
 def file_names(names: list) -> list:

@@ -9,7 +9,7 @@ __all__ = ['PROTOCOLS', 'VALUE_RANGE', 'DOMAINS', 'ADAPTERS', 'TUNING', 'PAPER_T
            'parts_for', 'pieces', 'features_at', 'features_of_views', 'concatenate', 'Stopwatch', 'Fitted',
            'fit_experiment', 'same_fit', 'load_labelled', 'blocks', 'code_of', 'fit_frozen', 'kept_probe', 'fit_tuned',
            'recipe', 'result_of', 'finite', 'score', 'image_means', 'record', 'versions', 'peak_memory',
-           'run_experiment', 'Ranked', 'ranked', 'save_probe', 'Predictor']
+           'run_experiment', 'Ranked', 'ranked', 'save_probe', 'save_with_row', 'Predictor']
 
 # %% ../../nbs/6_experiments/01_experiment.ipynb #8068dc25
 import copy, platform, re, secrets, time, warnings
@@ -643,27 +643,36 @@ def save_probe(
     folder,  # receives the probe and experiment.json
 ):
     "Save the first seed's probe with its row."
-    folder = Path(folder)
-    fitted.probes[0].save(folder)
+    save_with_row(fitted.probes[0], fitted.experiment, fitted.encoder, fitted.labelled.size, folder)
+
+
+def save_with_row(probe, experiment: Experiment, encoder, size, folder):
+    "Save a Probe or TargetProbe with the row that it was fitted for, and what tells the model of its encoder."
     from vpenc.encoders.taps import weights_digest
-    write_json(folder/"experiment.json", record(fitted.experiment) | dict(size=list(fitted.labelled.size), model=weights_digest(fitted.encoder)))
+    probe.save(folder)
+    write_json(Path(folder)/"experiment.json", record(experiment) | dict(size=list(size), model=weights_digest(encoder)))
 
 
 class Predictor:
-    "Encoder and probe of a saved row: `predictor(frames)` gives probabilities (N,H,W) of uint8 frames (N,H,W,3)."
+    """Encoder and probe of a saved row: `predictor(frames)` gives probabilities (N,H,W) of uint8 frames (N,H,W,3).
+
+    Of the probe of a target (`.target`, else None) it gives answers, as the target's `decode` does.
+    """
 
     def __init__(
         self,
-        folder,  # from `save_probe`
+        folder,  # from `save_probe` or `vpenc run tasks`
     ):
         from vpenc.encoders.taps import load_encoder, weights_digest
         from vpenc.probing.probe import Probe
+        from vpenc.probing.targets import TargetProbe
         folder = Path(folder)
         if not (folder/"experiment.json").exists():
             raise FileNotFoundError(f"{folder}: no experiment.json; expected a folder from `save_probe`")
         row = read_json(folder/"experiment.json")
-        self.probe, self.size, self.tuned = Probe.load(folder), tuple(row["size"]), row["finetune"]
-        self.threshold = self.probe.threshold
+        kind = TargetProbe if (folder/"target.json").exists() else Probe
+        self.probe, self.size, self.tuned = kind.load(folder), tuple(row["size"]), row["finetune"]
+        self.target, self.threshold = getattr(self.probe, "target", None), getattr(self.probe, "threshold", .5)
         self.encoder = load_encoder(row["encoder"], weights=row["weights"], value_range=VALUE_RANGE[row["protocol"]])
         found = weights_digest(self.encoder)
         if not (self.tuned or row["encoder"].startswith("noise")) and row.get("model", found) != found:  # noise is fitted to its frames

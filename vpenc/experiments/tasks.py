@@ -16,7 +16,7 @@ import numpy as np
 import vpenc
 from ..files import atomic, digest, locked, progress, read_json, write_json
 from ..identity import Unidentified, identify
-from .experiment import Experiment, code_of, features_at, load_labelled, parts_for, record, versions
+from .experiment import Experiment, code_of, features_at, load_labelled, parts_for, record, save_with_row, versions
 from ..probing.metrics import bootstrap_interval
 from ..probing.targets import find_target, fit_target
 
@@ -69,6 +69,7 @@ def run_task(
     labelled=None,  # LabelledFrames; those of the task when None
     cache=None,  # folder of cached features; the default when None
     file=None,  # JSON of an earlier result: returned if nothing has changed since
+    probes=None,  # folder that gets the first seed's probe, as `vpenc predict` takes it
 ) -> dict:
     "Fit one probe per seed and score the test frames: a JSON-able dict. Deterministic on one machine."
     from vpenc.encoders.taps import load_encoder
@@ -77,21 +78,22 @@ def run_task(
     encoder, parts = load_encoder(task.encoder, weights=task.weights), [parts_for(labelled, task.row, seed) for seed in task.seeds]
     encoder.fit(labelled.frames[parts[0].train])
     key = _key(task, labelled, encoder)
-    if file and key and Path(file).exists() and (old := read_json(file)).get("key") == key: return old
+    if file and key and Path(file).exists() and (old := read_json(file)).get("key") == key and (probes is None or (Path(probes)/"experiment.json").exists()): return old
     read, start = lambda indices: features_at(encoder, labelled, indices, cache), time.perf_counter()
     test, val = labelled.take(parts[0].scored), labelled.take(parts[0].val)
     features, val_features = read(parts[0].scored), read(parts[0].val)
-    probes = [fit_target(read(part.train), labelled.take(part.train), target, task.head, val=(val_features, val), epochs=task.epochs, seed=seed)
+    fitted = [fit_target(read(part.train), labelled.take(part.train), target, task.head, val=(val_features, val), epochs=task.epochs, seed=seed)
               for seed, part in zip(task.seeds, parts)]
-    measured, truth = [probe.measure(features, test) for probe in probes], target.truth(test)
+    if probes is not None: save_with_row(fitted[0], task.row, encoder, labelled.size, probes)
+    measured, truth = [probe.measure(features, test) for probe in fitted], target.truth(test)
     train = labelled.take(parts[0].train)
     floors = {name: target.measure(answer(test.frames), truth)[target.main] for name, answer in target.floors(target.truth(train), train.frames).items()}
     return dict(
         format="vpenc-task-1", key=key, name=task.name, target=task.target, main=target.main, higher=target.higher, experiment=record(task.row),
         data=dict(dataset=labelled.name, fingerprint=labelled.fingerprint, simulated=labelled.name.startswith("sim-"), train=len(train), scored=len(test)),
         seeds=list(task.seeds), scores={name: [_plain(each[name]) for each in measured] for name in measured[0]}, floors={n: _plain(v) for n, v in floors.items()},
-        trajectory=test.trajectory.tolist(), chosen=[dict(lr=p.recipe["lr"], weight_decay=p.recipe["weight_decay"], epoch=p.epoch) for p in probes],
-        head_parameters=head_parameters(probes[0].head), seconds=time.perf_counter() - start, versions=versions())
+        trajectory=test.trajectory.tolist(), chosen=[dict(lr=p.recipe["lr"], weight_decay=p.recipe["weight_decay"], epoch=p.epoch) for p in fitted],
+        head_parameters=head_parameters(fitted[0].head), seconds=time.perf_counter() - start, versions=versions())
 
 
 def _plain(values) -> list:
@@ -113,7 +115,7 @@ def tasks(
 
 
 def run_tasks(
-    out,  # folder: one JSON per task, and the table
+    out,  # folder: one JSON per task, the table, and the probes
     grid=None,  # list of Task; None: `tasks()`
     cache=None,  # folder of cached features; the default when None
 ) -> list[dict]:
@@ -126,7 +128,7 @@ def run_tasks(
         for task in progress(grid, desc="tasks"):
             where, file = (task.domain, task.data), out/f"{task.name}.json"
             if where not in labels: labels[where] = load_labelled(task.row)
-            result = run_task(task, labels[where], cache, file)
+            result = run_task(task, labels[where], cache, file, out/"probes"/task.name)
             if not file.exists() or read_json(file) != result: write_json(file, result)
             results.append(result)
     return results

@@ -6,9 +6,8 @@
 __all__ = ['STORAGES', 'LEGACY_MAGIC', 'LISTED', 'MODELS', 'GUESTS', 'HUB_FILES', 'DTYPES', 'StoredTensor', 'Inert',
            'SafeUnpickler', 'LightningFile', 'is_mask', 'vote', 'count', 'argument', 'vqvae_config', 'halvings',
            'clip_side', 'videogpt_config', 'resnet_sizes', 'fill', 'read_original', 'build_original', 'model_kind',
-           'model_files', 'save_pretrained', 'base_state', 'inherited', 'read_folder', 'model_homes', 'list_models',
-           'from_hub', 'find_model', 'from_pretrained', 'load_videogpt', 'load_vqvae', 'load_magvit', 'push_to_hub',
-           'attach', 'convert']
+           'model_files', 'save_pretrained', 'read_folder', 'model_homes', 'list_models', 'from_hub', 'find_model',
+           'from_pretrained', 'load_videogpt', 'load_vqvae', 'load_magvit', 'push_to_hub', 'attach', 'convert']
 
 # %% ../../nbs/2_models/06_checkpoints.ipynb #1a3edb4e
 import math
@@ -364,7 +363,6 @@ def save_pretrained(
     card=None,  # text of README.md
     dtype=None,  # of the parameters in the file, such as torch.float16; default as in memory
     extra=None,  # dict of further entries for config.json
-    base=None,  # name of a model with the same parts: only the tensors that differ from its own are written
 ):
     "Write `config.json`, `model.safetensors` and the card; prints and records the SHA-256. Returns the folder."
     from safetensors.torch import save_file
@@ -372,11 +370,7 @@ def save_pretrained(
     if kind in GUESTS: return getattr(import_module(GUESTS[kind][0]), GUESTS[kind][2])(model, folder, card, dtype, extra)
     if kind not in MODELS: raise ValueError(f"model: one of {', '.join([*MODELS, *GUESTS])} expected; got {kind}")
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    if base is not None:
-        known, sha = base_state(base, folder)
-        state = {name: value for name, value in state.items() if name not in known or not torch.equal(value, known[name])}
-        extra = {**(extra or {}), "base": {"name": base, "sha256": sha}}
-    if dtype: state.update((name, state[name].to(dtype)) for name, _ in model.named_parameters() if name in state)
+    if dtype: state.update((name, state[name].to(dtype)) for name, _ in model.named_parameters())
     with atomic(folder / "model.safetensors") as temporary: save_file(state, temporary, metadata={"format": "pt"})
     if card is not None:
         with atomic(folder / "README.md") as temporary: temporary.write_text(card, encoding="utf-8")
@@ -387,23 +381,6 @@ def save_pretrained(
     return folder
 
 # %% ../../nbs/2_models/06_checkpoints.ipynb #dc46c715
-def base_state(name, folder):
-    "Tensors and SHA-256 of the model of that name, beside `folder` or among the named ones; ValueError unless the name is that of a folder of ours."
-    if not isinstance(name, str) or Path(name).name != name: raise ValueError(f"{folder}: base {name!r} is not the name of a model")
-    path = Path(folder).parent/name
-    path = path if (path/"config.json").is_file() else find_model(name)
-    if path.resolve() == Path(folder).resolve(): raise ValueError(f"{folder}: it is its own base")
-    return read_folder(path).state_dict(), read_json(path/"config.json").get("sha256")
-
-
-def inherited(base, folder) -> dict:
-    "The tensors of the base that a config.json names; ValueError when it is not the model that it was."
-    if not isinstance(base, dict) or {"name", "sha256"} - set(base): raise ValueError(f"{folder/'config.json'}: base: name and sha256 expected; got {base!r}")
-    state, sha = base_state(base["name"], folder)
-    if sha != base["sha256"]: raise ValueError(f"{folder}: its base {base['name']} is another model now: SHA-256 {sha}, expected {base['sha256']}")
-    return state
-
-
 def read_folder(folder):
     "The model in a folder written by `save_pretrained`, whose SHA-256 is checked, or in one of a guest."
     from safetensors import SafetensorError, safe_open
@@ -424,12 +401,8 @@ def read_folder(folder):
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as error: raise ValueError(f"{description}: {error}") from None
     try:
         with safe_open(weights, "pt") as file:
-            shapes, get = {name: file.get_slice(name).get_shape() for name in file.keys()}, file.get_tensor
-            if "base" in about:
-                known, own = inherited(about["base"], folder), set(shapes)
-                shapes = {name: list(value.shape) for name, value in known.items()} | shapes
-                get = lambda name: file.get_tensor(name) if name in own else known[name]
-            return fill(lambda: getattr(module, about["model"])(config), get, shapes, weights)
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+            return fill(lambda: getattr(module, about["model"])(config), file.get_tensor, shapes, weights)
     except (SafetensorError, TypeError, AttributeError, ArithmeticError, RuntimeError, LookupError) as error:
         raise ValueError(f"{weights}: not readable, or of other sizes than {description.name} tells ({' '.join(str(error).split())})") from None
 

@@ -176,6 +176,8 @@ class Explorer:
         if isinstance(probe, (str, Path)):
             from vpenc.experiments.experiment import Predictor
             self.predict = Predictor(probe)
+            asked = self.predict.target
+            if asked and asked.name != "mask": raise ValueError(f"{probe}: a probe of masks expected; this one answers {asked.name!r}: give targets={asked.name!r} to read it from the shown tap")
         else: self.predict = probe
         self.sets, self.encoders, self.references, self.colorings = {}, {}, {}, {}
         self.videos, self.maps, self.probes, self.probabilities, self.answers, self.futures = {}, {}, {}, {}, {}, {}
