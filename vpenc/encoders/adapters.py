@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGENET', 'HALF', 'CLIP', 'COLOURS', 'CLASSES', 'STILL', 'IDLE', 'library', 'member', 'GuestConfig', 'affine',
-           'preparation', 'square', 'new_network', 'grid_of', 'blocks_of', 'as_map', 'Guest', 'filled', 'guest',
-           'one_line', 'fetched', 'find_guest', 'timm_guest', 'of_timm', 'GuestPass', 'guest_taps', 'HFEncoder',
-           'TimmEncoder']
+           'preparation', 'square', 'new_network', 'grid_of', 'blocks_of', 'as_map', 'Guest', 'filled', 'changed',
+           'guest', 'one_line', 'fetched', 'find_guest', 'timm_guest', 'of_timm', 'GuestPass', 'guest_taps',
+           'HFEncoder', 'TimmEncoder']
 
 # %% ../../nbs/4_encoders/07_adapters.ipynb #6e048977
 import copy, re
@@ -20,6 +20,7 @@ from torch import nn
 
 from .taps import TapEncoder
 from ..files import did_you_mean, read_json
+from ..identity import is_installed
 
 # %% ../../nbs/4_encoders/07_adapters.ipynb #85d22fe2
 def library(name):
@@ -186,8 +187,27 @@ IDLE = ("_name_or_path", "name_or_path", "_commit_hash", "transformers_version",
 def filled(config: GuestConfig, net: nn.Module) -> Guest:
     "A guest with the weights of `net`. It is built anew, so that nothing in it tells where they came from."
     with torch.random.fork_rng(devices=[]): made = Guest(config)
+    why = changed(net, made.net)
+    if why: raise ValueError(f"this {type(net).__name__} is not as its configuration says: {why}; wrap it in an nn.Module of your own, frames -> maps, to use it as it is")
     made.net.load_state_dict(net.state_dict())
     return made.float().eval().requires_grad_(False)
+
+
+def changed(net, fresh) -> str:
+    "The first thing in which a network differs from one made of its configuration: submodules, hooks, settings, names of tensors; '' if in none."
+    plain = lambda module: {name: value for name, value in vars(module).items() if name != "training" and isinstance(value, (bool, int, float, str, tuple))}
+    ours, theirs = dict(net.named_modules()), dict(fresh.named_modules())
+    for name in [*ours, *(name for name in theirs if name not in ours)]:
+        where, one, other = name or type(net).__name__, ours.get(name), theirs.get(name)
+        if type(one) is not type(other): return f"{where} is {type(one).__name__ if one is not None else 'missing'} instead of {type(other).__name__ if other is not None else 'nothing'}"
+        hooks = [*one._forward_hooks.values(), *one._forward_pre_hooks.values()]
+        if any(not is_installed(getattr(hook, "__module__", None)) for hook in hooks): return f"{where} has a hook"
+        if "forward" in vars(one): return f"the forward of {where} was replaced"
+        mine, usual = plain(one), plain(other)
+        if different := [key for key in usual if key in mine and mine[key] != usual[key] and key not in IDLE]: return f"{where}.{different[0]} is {mine[different[0]]!r} instead of {usual[different[0]]!r}"
+    shapes = lambda module: {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    if shapes(net) != shapes(fresh): return f"its tensors differ: {sorted(set(shapes(net).items()) ^ set(shapes(fresh).items()))[0][0]}"
+    return ""
 
 
 def guest(net: nn.Module, given=None) -> Guest:

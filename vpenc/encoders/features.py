@@ -91,7 +91,7 @@ def read_parts(
         for name, values in part.items():
             if not start: maps[name] = torch.empty(count, *values.shape[1:])
             maps[name][start:start + len(values)] = values
-    levels = tuple(maps[name] for name in sorted(maps) if name != "values")
+    levels = tuple(maps[f"level{i}"] for i in range(len(maps) - 1))
     stride = tuple(int(n) if n.isdigit() else float(n) for n in about["stride"].split(","))
     return FeatureMap(maps["values"], stride, about["tap"], fingerprint, levels)
 
@@ -135,5 +135,6 @@ def compute(encoder, frames, batch, desc) -> FeatureMap:
     with torch.no_grad():
         starts = progress(range(0, len(frames), batch), desc)
         features = join([encoder(frames[i:i + batch]) for i in starts])
+    if not all(maps.isfinite().all() for maps in (features.values, *features.levels)): raise ValueError(f"{features.tap}: the features hold NaN or infinite values")
     levels = tuple(level.cpu() for level in features.levels)
     return replace(features, values=features.values.cpu(), levels=levels, fingerprint=encoder.fingerprint)

@@ -73,7 +73,10 @@ class Experiment:
     name: str = ""  # of the files and of the row; empty: built from the non-default values
 
     def __post_init__(self):
-        try: object.__setattr__(self, "seeds", tuple(int(seed) for seed in self.seeds))
+        given = self.seeds.split(",") if isinstance(self.seeds, str) else self.seeds
+        try:
+            object.__setattr__(self, "seeds", tuple(int(seed) for seed in given))
+            if any(not isinstance(seed, str) and seed != own for seed, own in zip(given, self.seeds)): raise ValueError
         except (TypeError, ValueError, OverflowError): raise ValueError(f"seeds: {self.seeds!r} is not a list of whole numbers such as (0, 1, 2)") from None
         for f in fields(self): self._check_type(f.name, f.type)
         self._check()
@@ -97,12 +100,15 @@ class Experiment:
                                    ("optimizer", self.optimizer, OPTIMIZERS), ("domain", self.domain, DOMAINS)):
             if value not in known: raise ValueError(f"{what}: unknown {value!r}{did_you_mean(value, known)}")
         if not self.seeds: raise ValueError("seeds: none given; expected at least one, such as '0,1,2'")
+        if len(set(self.seeds)) < len(self.seeds): raise ValueError(f"seeds: {self.seeds}; expected different ones")
         if min(self.seeds) < 0 or max(self.seeds) >= 2**63: raise ValueError(f"seeds: {self.seeds}; expected numbers from 0 to 2^63 - 1")
         if re.search(r"[/\\\0\n]", self.name) or self.name.startswith("."):
             raise ValueError(f"name: {self.name!r} is not the name of a file; expected one without slashes that does not begin with a dot")
         for what in ("lr", "epochs", "encoder_lr", "layer_decay", "patience", "labels", "test"):
             value = getattr(self, what)
             if value is not None and not 0 < value < float("inf"): raise ValueError(f"{what}: {value!r} is not a positive number")
+        if self.weight_decay is not None and not 0 <= self.weight_decay < float("inf"): raise ValueError(f"weight_decay: {self.weight_decay!r} is not a number from 0")
+        if self.layer_decay > 1: raise ValueError(f"layer_decay: {self.layer_decay!r}; expected at most 1")
         if not isinstance(self.augment, int | np.integer) or self.augment < 0: raise ValueError(f"augment: {self.augment!r} is not a number of views; expected 0, 1, 2, ...")
         if self.protocol == "paper" and self.augment: raise ValueError("augment: protocol 'paper' has no augmentation; leave it at 0")
         if self.protocol == "paper" and self.labels != 150:

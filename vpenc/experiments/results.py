@@ -102,23 +102,29 @@ def floor_of(
     row,  # a row of the frame
     df,  # all rows
 ):
-    "The best floor row for `row` (same protocol, data and labels; random twins of the same model), or None when the frame holds none."
+    "The best floor row for `row` on the images that it was scored on (same protocol, data and labels; random twins of the same model), or None when the frame holds none."
     same = df[(df.protocol == row.protocol) & (df.fingerprint == row.fingerprint) & (df.labels == row.labels) & df.augment.isin([0, row.augment])]
     others = [other for _, other in same.iterrows() if (other.encoder, other["head"]) != (row.encoder, row["head"])]
     blind = [other for other in others if is_floor(other) and not other.encoder.startswith("random/")]
     twins = [other for other in others if other.encoder == f"random/{row.encoder}" and other.weights == row.weights]
     twins = [other for other in twins if other["head"] == row["head"]] or twins
-    return max(blind + twins, key=lambda other: other.iou, default=None)
+    return max((other for other in blind + twins if len(_common(row, other)[0])), key=lambda other: _common(row, other)[1].mean(), default=None)
+
+
+def _common(row, other) -> tuple:
+    "IoU per image of both on the images that both were scored on, and the trajectories of these."
+    _, mine, theirs = np.intersect1d(row.images, other.images, return_indices=True)
+    return row.per_image[mine], other.per_image[theirs], row.trajectory[mine]
 
 # %% ../../nbs/6_experiments/04_results.ipynb #b47d029e
 SECTIONS = ("Table 1 of the paper", "further rows", "floors", "other settings")
 PLAIN = {f.name: f.default for f in fields(Experiment)}  # default settings, not printed
-VARIANTS = ("loss", "optimizer", "lr", "weight_decay", "epochs", "labels", "augment")  # settings that are printed beside the head
+VARIANTS = ("loss", "optimizer", "lr", "weight_decay", "epochs", "labels", "augment", "encoder_lr", "freeze", "layer_decay", "patience")  # settings that are printed beside the head
 
 
 def variant(row, weights=True) -> str:
     "The settings of a row that are not default, such as 'labels=25'; its model too, if `weights` and not the default."
-    settings = [f"{name}={row[name]}" for name in VARIANTS if not _same(row[name], PLAIN[name])]
+    settings = [f"{name}={row[name]}" for name in VARIANTS if name in row and not _same(row[name], PLAIN[name])]
     return ", ".join(settings + [Path(row["weights"]).name] * (weights and row["weights"] != PLAIN["weights"]))
 
 
@@ -134,20 +140,25 @@ def table(
     import pandas as pd
     several = df.weights.nunique() > 1  # one model for all rows is named in the caption alone
     df = df.assign(variant=[variant(row, several) for _, row in df.iterrows()])
-    keys = ["dataset", "fingerprint", "encoder", "head", "finetune", "variant"]
-    lines = [_line(dict(zip(keys, key)), rows, df) for key, rows in df.groupby(keys, sort=False)]
+    keys = ["dataset", "fingerprint", "encoder", "head", "finetune", "variant", "weights"]
+    lines = [_line(dict(zip(keys[:-1], key)), *pair, df) for key, rows in df.groupby(keys, sort=False) for pair in _pairs(rows)]
     most = max((line["scored"] for line in lines if "iou" in line), default=0)
     for line in lines: line["fewer"] = "iou" in line and line["scored"] < most
     order = ["dataset", "section", "order", "encoder", "head", "variant"]
     return pd.DataFrame(lines).sort_values(order, ignore_index=True).drop(columns="order")
 
 
-def _line(key: dict, rows, df) -> dict:
+def _pairs(rows) -> list:
+    "Rows of the same settings as (corrected or None, paper or None): a line each, for those that were scored on other numbers of frames."
+    of = lambda protocol: [row for _, row in rows[rows.protocol == protocol].iterrows()]
+    honest, oracle = sorted(of("corrected"), key=lambda row: -row.scored), of("paper")
+    return [((honest[i:i + 1] or [None])[0], (oracle[i:i + 1] or [None])[0]) for i in range(max(len(honest), len(oracle)))]
+
+
+def _line(key: dict, honest, oracle, df) -> dict:
     "One printed row from the one or two protocols that were run."
     paper = {(p.encoder, p.head, p.finetune): (i, p.iou) for i, p in enumerate(PAPER_TABLE1)}
     order, printed = paper.get((key["encoder"], key["head"], key["finetune"]), (99, np.nan))
-    by_protocol = {row.protocol: row for _, row in rows.iterrows()}
-    honest, oracle = by_protocol.get("corrected"), by_protocol.get("paper")
     any_row = honest if honest is not None else oracle
     section = 3 if key["variant"] else 0 if order < 99 else 2 if is_floor(any_row) else 1
     line = key | dict(section=section, order=order, paper=printed, parameters=any_row.head_parameters,
@@ -164,14 +175,12 @@ def gain(
     row,  # a row of the frame
     df,  # all rows
 ) -> dict:
-    "`floor` (IoU), `floor_name`, `gain` and its 95 % interval by paired bootstrap; empty when there is no floor."
+    "`floor` (IoU on the row's own images), `floor_name`, `gain` and its 95 % interval by paired bootstrap; empty when there is no floor."
     floor = floor_of(row, df)
     if floor is None: return {}
-    _, mine, theirs = np.intersect1d(row.images, floor.images, return_indices=True)
-    a, b = row.per_image[mine], floor.per_image[theirs]
-    low, high = paired_bootstrap(a, b, row.trajectory[mine])
-    return dict(floor=floor.iou, floor_name=label(floor), gain=float((a - b).mean()), gain_low=low, gain_high=high,
-                gain_units=len(np.unique(row.trajectory[mine])))
+    a, b, groups = _common(row, floor)
+    low, high = paired_bootstrap(a, b, groups)
+    return dict(floor=float(b.mean()), floor_name=label(floor), gain=float((a - b).mean()), gain_low=low, gain_high=high, gain_units=len(np.unique(groups)))
 
 
 def label(row) -> str:

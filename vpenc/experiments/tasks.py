@@ -54,7 +54,7 @@ class Task:
 def _key(task: Task, labelled, encoder) -> str:
     "16 hex digits over all that decides a result; '' when the code behind it cannot be told."
     code, why = code_of(task.row)
-    try: own = identify(type(find_target(task.target)))
+    try: own = identify(find_target(task.target), fit_target)
     except Unidentified: return ""
     return "" if why or encoder.unidentified else digest(vpenc.__version__, code, own, labelled.fingerprint, encoder.fingerprint, *_arrays(task, labelled), repr(asdict(task) | dict(data="")))
 
@@ -199,9 +199,12 @@ def task_table(
     arrow = lambda rows: "higher is better" if rows.higher.iloc[0] else "lower is better"
     heads = [f"{TITLES.get(t, t)} ({arrow(df[df.target == t])})" for t in order]
     text = ["| encoder, head | " + " | ".join(heads) + " |", "|---" * (len(order) + 1) + "|"]
-    for (encoder, head), rows in df.groupby(["encoder", "head"], sort=False):
+    learned = df[df.seeds > 0]
+    differ = [name for name in ("labels", "seeds", "weights", "dataset", "fingerprint") if name in df and learned[name].nunique() > 1]
+    for (encoder, head, *settings), rows in df.groupby(["encoder", "head", *differ], sort=False):
         found = {row.target: row for row in rows.itertuples()}
-        text.append(f"| {encoder}{', ' * bool(head)}{head} | " + " | ".join(_words(found[t]) if t in found else "" for t in order) + " |")
+        told = "".join(f", {name}={value}" for name, value in zip(differ, settings)) * bool(head)
+        text.append(f"| {encoder}{', ' * bool(head)}{head}{told} | " + " | ".join(_words(found[t]) if t in found else "" for t in order) + " |")
     return "\n".join(text)
 
 

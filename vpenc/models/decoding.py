@@ -226,7 +226,9 @@ def draw(logits, temperature=1.0, top_k=None, generator=None, noise=None, unifor
     "One code per row of logits `(B,K)`; with `noise` `(B,K)` the largest of logits + noise, with `uniform` `(B,)` the one at that share."
     if temperature < 1e-6: return logits.argmax(-1)  # the limit; dividing would overflow
     logits = logits.float() / temperature
-    if top_k: logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+    if top_k:
+        kept = logits.topk(min(top_k, logits.shape[-1]))  # so many, also where others are as likely
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)
     if noise is not None: return (logits + noise).argmax(-1)
     if uniform is not None:
         passed = logits.softmax(-1).cumsum(-1)  # (B,K), rises to 1
@@ -251,13 +253,16 @@ def sample(
 ):
     "Draws codes `(n,T',H',W')`, position after position."
     given = next((c for c in (frames, labels) if c is not None), None)
-    n = n or (1 if given is None else len(given))
-    if not temperature > 0: raise ValueError(f"temperature: above 0 expected (top_k=1 is greedy); got {temperature}")
+    n = (1 if given is None else len(given)) if n is None else n
+    if type(n) is not int or n < 1: raise ValueError(f"n: a whole number from 1 expected; got {n!r}")
+    if not isinstance(temperature, (int, float)) or not temperature > 0: raise ValueError(f"temperature: above 0 expected (top_k=1 is greedy); got {temperature}")
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int)): raise ValueError(f"top_k: a whole number expected; got {top_k!r}")
     if top_k is not None and not 1 <= top_k <= gpt.config.vqvae.n_codes:
         raise ValueError(f"top_k: 1..{gpt.config.vqvae.n_codes} expected; got {top_k}")
     if noise is not None and tuple(noise.shape[1:]) != (n, gpt.config.vqvae.n_codes):
         raise ValueError(f"noise: (P,{n},{gpt.config.vqvae.n_codes}) expected; got {tuple(noise.shape)}")
     if uniform is not None and (uniform.ndim != 2 or uniform.shape[1] != n): raise ValueError(f"uniform: (P,{n}) expected; got {tuple(uniform.shape)}")
+    if uniform is not None and not ((uniform >= 0) & (uniform < 1)).all(): raise ValueError("uniform: numbers from 0 up to, but not, 1 expected")
     decoder, codes, drawn = Decoder(gpt, n, frames, labels, dtype, graph), None, []
     positions = range(math.prod(gpt.latent_shape))
     if progress:

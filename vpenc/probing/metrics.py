@@ -26,6 +26,8 @@ def iou_per_image(
     masks,  # (N,H,W) bool
 ) -> np.ndarray:
     "Intersection over union of each image, (N,); 1 where both are empty."
+    for what, values in (("predicted", np.asarray(predicted)), ("masks", np.asarray(masks))):
+        if values.dtype.kind == "f" and not np.isin(values, (0, 1)).all(): raise ValueError(f"{what}: probabilities or logits given; expected masks, such as probability >= .5")
     predicted, masks = np.asarray(predicted, bool), np.asarray(masks, bool)
     if predicted.shape != masks.shape: raise ValueError(f"predictions are {predicted.shape}, masks {masks.shape}; expected equal shapes")
     both, either = (predicted & masks).sum((1, 2)), (predicted | masks).sum((1, 2))
@@ -46,7 +48,8 @@ def boundary_f(
 ) -> np.ndarray:
     "F measure of the boundaries of each image, (N,); where neither has any, 1 for equal masks and 0 for others (one empty, one full)."
     from scipy.ndimage import binary_dilation, generate_binary_structure, iterate_structure
-    ball = iterate_structure(generate_binary_structure(2, 2), tolerance)[None]
+    if tolerance < 0: raise ValueError(f"tolerance: {tolerance}; expected a number of pixels from 0")
+    ball = iterate_structure(generate_binary_structure(2, 2), tolerance)[None] if tolerance else np.ones((1, 1, 1), bool)
     predicted, masks = np.asarray(predicted, bool), np.asarray(masks, bool)
     found, true = _edges(predicted), _edges(masks)
     precision = (found & binary_dilation(true, ball)).sum((1, 2)) / np.maximum(found.sum((1, 2)), 1)
@@ -119,4 +122,6 @@ def paired_bootstrap(
 ) -> tuple:
     "95 % interval of mean(a) - mean(b) over the same images."
     mean = lambda x: np.asarray(x, float).mean(0) if np.ndim(x) == 2 else np.asarray(x, float)
-    return bootstrap_interval(mean(a) - mean(b), groups, n, seed)
+    first, second = mean(a), mean(b)
+    if first.shape != second.shape: raise ValueError(f"scores of {first.shape} and of {second.shape} images cannot be paired; expected the same images")
+    return bootstrap_interval(first - second, groups, n, seed)

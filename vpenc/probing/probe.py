@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'GRID_RECIPES', 'PAPER_RECIPES', 'OPTIMIZERS', 'SCHEDULES', 'AUGMENTS', 'Standardizer', 'Probe', 'Recipe',
            'recipe_for', 'flip', 'jitter', 'augmentation', 'mean_iou', 'descend', 'newton_like', 'keep_best',
-           'inner_split', 'fit_probe', 'fine_tune', 'layer_groups', 'encode']
+           'inner_split', 'fit_probe', 'converged', 'check_recipe', 'fine_tune', 'layer_groups', 'encode']
 
 # %% ../../nbs/5_probing/05_probe.ipynb #3d55abe0
 import copy, math, warnings
@@ -309,6 +309,8 @@ def fit_probe(
         raise ValueError(f"augment: needs the frames themselves, (3,{size[0]},{size[1]}); these features are {shapes[0]}")
     recipe = recipe_for(head, shapes, protocol)
     options = recipe.options | (PAPER_QUIRKS.get(head, {}) if protocol == "paper" else {}) | (head_options or {})
+    check_recipe(lr, weight_decay, epochs, batch)
+    if type(views) is not int or views < 1: raise ValueError(f"views: {views!r}; expected a whole number from 1")
     recipe = replace(recipe, epochs=recipe.epochs if epochs is None else epochs, batch=batch or recipe.batch,
                      lr=_several(lr, recipe.lr), weight_decay=_several(weight_decay, recipe.weight_decay), options=options,
                      schedule=schedule or recipe.schedule)
@@ -322,11 +324,19 @@ def fit_probe(
     standardize = start.standardize if start else Standardizer(maps, identity=protocol == "paper")
     data = [_arranged(standardize(maps)), targets.to(device), _arranged(standardize(val_maps)), val_targets.to(device)]
     together = _fit_together if _stackable(head, recipe, loss, optimizer, augment, protocol) else _fit_each
-    candidates = together(head, shapes, data, standardize, recipe, criterion, optimizer, augment, protocol, seed, start)
+    candidates = converged(together(head, shapes, data, standardize, recipe, criterion, optimizer, augment, protocol, seed, start))
     probe = max(candidates, key=lambda probe: probe.val_iou if val_targets.any() else -min([math.inf] + [r["val_loss"] for r in probe.history]))
     if protocol == "corrected" and val_targets.any(): probe.threshold = best_threshold(probe.predict(val[0]), np.asarray(val[1], bool))
     probe.recipe["fingerprint"] = features.fingerprint
     return probe
+
+
+def converged(probes) -> list:
+    "The probes whose loss stayed finite; ValueError when there is none."
+    kept = [probe for probe in probes if all(math.isfinite(record["loss"]) for record in probe.history)]
+    if kept: return kept
+    epoch = 1 + next(i for i, record in enumerate(probes[0].history) if not math.isfinite(record["loss"]))
+    raise ValueError(f"the loss became {probes[0].history[epoch - 1]['loss']} in epoch {epoch}: lower the learning rate ({probes[0].recipe['lr']:g}); weights of float16 need float32")
 
 
 def _check_room(name, shapes, size, options):
@@ -336,6 +346,16 @@ def _check_room(name, shapes, size, options):
     if 16 * numbers > memory_left():
         raise MemoryError(f"head {name!r} on features {shapes} and masks {size[0]}x{size[1]} has {numbers:,} weights: training takes "
                           f"{16 * numbers / 1e9:.1f} GB, {memory_left() / 1e9:.1f} GB are left; choose a smaller head, such as linear1x1, or smaller masks")
+
+
+def check_recipe(lr, weight_decay, epochs, batch):
+    "ValueError names the setting that no training can use; None is the head's own."
+    whole = lambda value: isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    for name, given, good, wanted in (("lr", lr, lambda v: v > 0, "positive numbers"), ("weight_decay", weight_decay, lambda v: v >= 0, "numbers from 0")):
+        values = [] if given is None else np.ravel(given).tolist()
+        if given is not None and not (values and all(isinstance(v, (int, float)) and math.isfinite(v) and good(v) for v in values)): raise ValueError(f"{name}: {given!r}; expected {wanted}")
+    for name, value, least in (("epochs", epochs, 0), ("batch", batch, 1)):
+        if value is not None and not (whole(value) and value >= least): raise ValueError(f"{name}: {value!r}; expected a whole number from {least}")
 
 
 def _several(given, otherwise) -> tuple:
@@ -451,9 +471,10 @@ def fine_tune(
     if val is None:
         raise ValueError("fine_tune: give validation frames of other trajectories than the training frames, val=(frames, masks)")
     targets, val_targets = _targets(masks, len(frames)), _targets(val[1], len(val[0]), "validation ")
+    check_recipe(lr, weight_decay, epochs, batch)
     encoder.trainable = True
     layers = layer_groups(encoder, encoder_lr, layer_decay, freeze)  # raises before anything is fitted
-    probe = start or fit_probe(
+    probe = copy.deepcopy(start) if start else fit_probe(
         encode(encoder, frames), masks, head, val=(encode(encoder, val[0]), val[1]), loss=loss, optimizer=optimizer,
         lr=lr, weight_decay=weight_decay, schedule=schedule, head_options=head_options, protocol=protocol, seed=seed)
     probe.encoder, epochs = encoder, 1 if epochs is None else epochs
@@ -475,6 +496,7 @@ def fine_tune(
     step = lambda: descend(probe, read, len(targets), criterion, solver, scheduler, batch, generator)
     keep_best(probe, epochs, step, validate, patience)
     encoder.trainable = False
+    converged([probe])
     if protocol == "corrected" and val_targets.any(): probe.threshold = best_threshold(probe.predict(val[0]), np.asarray(val[1], bool))
     return probe
 

@@ -7,7 +7,7 @@ __all__ = ['TARGETS', 'Target', 'same', 'MaskTarget', 'SemanticTarget', 'DepthTa
            'clusters', 'fg_ari', 'f50', 'find_target', 'ManyOutputs', 'TargetProbe', 'fit_target']
 
 # %% ../../nbs/5_probing/07_targets.ipynb #8a21c4dc
-import copy
+import copy, warnings
 from itertools import product
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,7 +20,8 @@ from torch import nn
 from ..files import atomic, did_you_mean, read_json, write_json
 from .heads import HEADS, Head, PriorHead, map_shapes
 from .metrics import iou_per_image
-from .probe import OPTIMIZERS, SCHEDULES, Standardizer, recipe_for
+from ..identity import Unidentified, identify
+from .probe import OPTIMIZERS, SCHEDULES, Standardizer, check_recipe, converged, recipe_for
 
 # %% ../../nbs/5_probing/07_targets.ipynb #7052dd62
 class Target:
@@ -62,6 +63,11 @@ class Target:
             raise ValueError(f"{labelled.name}: target {self.name!r} needs an array {self.needs!r}; this file has {', '.join(['masks', *labelled.extras])}")
         value = np.asarray(value)
         if value.shape[:3] != labelled.masks.shape: raise ValueError(f"{labelled.name}: {self.needs} has shape {value.shape}; expected {labelled.masks.shape} first")
+        ids = value.dtype.kind in "iub"
+        bad = ~((value >= 0) & (value < 2**24)) if ids else ~np.isfinite(value)
+        if bad.any():
+            frame = int(np.argwhere(bad)[0][0])
+            raise ValueError(f"{labelled.name}: {self.needs} of frame {frame} holds {value[bad][0]}; expected {'ids from 0 to 16777215' if ids else 'finite numbers'}")
         return value
 
 
@@ -337,6 +343,7 @@ def fit_target(
     for what, maps, frames in (("", features, labelled), ("validation ", *val)):
         if len(maps) != len(frames): raise ValueError(f"{len(frames)} {what}labels for {len(maps)} frames; expected one each")
     truth, val_truth, shapes = target.truth(labelled), target.truth(val[1]), map_shapes(features)
+    check_recipe(lr, weight_decay, epochs, batch)
     usual = recipe_for(head, shapes)
     several = lambda value, default: default if value is None else tuple(value) if isinstance(value, (tuple, list)) else (value,)
     settings = dict(epochs=usual.epochs if epochs is None else epochs, batch=batch or usual.batch or 16, options=usual.options | (head_options or {}))
@@ -347,7 +354,7 @@ def fit_target(
     data = standardize(maps), truth, standardize(val_maps), val_truth
     recipe = dict(target=target.name, head=head, shapes=shapes, size=list(truth.shape[-2:]), fingerprint=features.fingerprint, seed=seed, **settings)
     grid = product(several(lr, usual.lr), several(weight_decay, usual.weight_decay), _units(target, truth).items())
-    probes = [_fit_once(target, standardize, data, units, recipe | dict(lr=rate, weight_decay=decay, around=around)) for rate, decay, (around, units) in grid]
+    probes = converged([_fit_once(target, standardize, data, units, recipe | dict(lr=rate, weight_decay=decay, around=around)) for rate, decay, (around, units) in grid])
     return max(probes, key=lambda probe: probe.val_score * (1 if target.higher else -1))
 
 
@@ -405,7 +412,14 @@ def _save(self: TargetProbe, folder):
     folder.mkdir(parents=True, exist_ok=True)
     with atomic(folder/"target.pt") as temporary: torch.save(tensors, temporary)
     ranks = [getattr(head, "rank", None) for head in self.head.heads]
-    write_json(folder/"target.json", self.recipe | dict(format="vpenc-target-1", history=self.history, epoch=self.epoch, val_score=self.val_score, ranks=ranks))
+    code = _code(self.target, self.recipe["head"])
+    write_json(folder/"target.json", self.recipe | dict(format="vpenc-target-1", history=self.history, epoch=self.epoch, val_score=self.val_score, ranks=ranks, code=code))
+
+
+def _code(target, head) -> str:
+    "16 hex digits over the code of a target and a head; '' where it cannot be told."
+    try: return identify(target, HEADS[head])
+    except Unidentified: return ""
 
 
 def _load(cls, folder) -> TargetProbe:
@@ -414,7 +428,7 @@ def _load(cls, folder) -> TargetProbe:
     if not (folder/"target.json").exists(): raise FileNotFoundError(f"{folder}: no target.json; expected a folder written by TargetProbe.save")
     try:
         recipe, tensors = read_json(folder/"target.json"), torch.load(folder/"target.pt", map_location="cpu", weights_only=True)
-        extra = {name: recipe.pop(name) for name in ("format", "history", "epoch", "val_score", "ranks")}
+        extra, code = {name: recipe.pop(name) for name in ("format", "history", "epoch", "val_score", "ranks")}, recipe.pop("code", "")
         shapes, target = [tuple(shape) for shape in recipe["shapes"]], find_target(recipe["target"])
         head = ManyOutputs(recipe["head"], shapes, tuple(recipe["size"]), target.outputs, **recipe["options"])
         for each, rank in zip(head.heads, extra["ranks"]):
@@ -424,6 +438,7 @@ def _load(cls, folder) -> TargetProbe:
         standardize.load_state_dict(tensors["standardize"])
     except (LookupError, TypeError, AttributeError, RuntimeError, ValueError, EOFError, OSError, UnpicklingError) as error:
         raise ValueError(f"{folder}: not a whole probe ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from None
+    if code and code != _code(target, recipe["head"]): warnings.warn(f"{folder}: the code of target {target.name!r} or head {recipe['head']!r} is not that with which this probe was fitted", stacklevel=2)
     probe = cls(target, head, standardize, recipe, tensors["shift"], tensors["scale"])
     probe.history, probe.epoch, probe.val_score = extra["history"], extra["epoch"], extra["val_score"]
     return probe
