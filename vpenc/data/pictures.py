@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'FILMS', 'ANIMATIONS', 'STRANGERS', 'upright', 'to_rgb', 'even_steps', 'walk', 'pictures_of',
-           'read_pictures', 'save_gif', 'save_mp4', 'by_number', 'read_video']
+           'is_animated', 'read_pictures', 'save_gif', 'save_mp4', 'by_number', 'frames_in', 'read_video']
 
 # %% ../../nbs/1_data/02_pictures.ipynb #b7c2e914
-import os, re
+import io, os, re, struct, warnings, zipfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +22,10 @@ ANIMATIONS = ('GIF', 'WEBP', 'PNG')  # formats of which all frames are read
 
 def upright(image):
     "A PIL image turned as its EXIF orientation says, as viewers and labelling tools show it."
-    from PIL import ImageOps
-    return ImageOps.exif_transpose(image)
+    from PIL import Image, ImageOps
+    turned = ImageOps.exif_transpose(image)
+    if not turned.mode.startswith('I;16') or getattr(image, 'tag_v2', {}).get(262) != 0: return turned
+    return Image.fromarray(65535 - np.asarray(turned).astype(np.uint16))  # a TIFF in which 0 is white, which Pillow heeds for 8 bits only
 
 def to_rgb(
     image,  # PIL image of any mode
@@ -59,7 +61,7 @@ def even_steps(
     return np.searchsorted(times, np.arange(times[0] + .01 * step, last, step), 'right') - 1
 
 # %% ../../nbs/1_data/02_pictures.ipynb #80cdbe03
-STRANGERS = ('__macosx', 'thumbs.db', 'desktop.ini', '__pycache__', '$recycle.bin')  # lower case
+STRANGERS = ('__macosx', 'thumbs.db', 'desktop.ini', '__pycache__', '$recycle.bin', '@eadir', '#recycle', '#snapshot', 'lost+found', 'system volume information')  # lower case
 
 def _stranger(name): return name.startswith(('.', '~$')) or name.lower() in STRANGERS
 
@@ -82,23 +84,33 @@ def walk(
 def pictures_of(
     folder,  # not searched below
 ) -> list:
-    "The picture files of a folder in order of name; an animation beside single pictures is a preview of them and left out."
-    files = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in PICTURES and p.is_file() and not _stranger(p.name))
-    stills = [p for p in files if p.suffix.lower() != '.gif']
+    "The picture files of a folder in order of name; an animation beside single pictures is a preview of them and left out. ValueError for a link that leads nowhere."
+    files = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in PICTURES and not p.is_dir() and not _stranger(p.name))
+    for file in files:
+        if not file.exists(): raise ValueError(f'{file} is a link to a file that is not there')
+    stills = [p for p in files if not is_animated(p)]
     return stills or files
+
+def is_animated(path) -> bool:
+    "Whether a GIF or WebP file holds several frames; any GIF counts."
+    from PIL import Image
+    if path.suffix.lower() != '.webp': return path.suffix.lower() == '.gif'
+    try:
+        with Image.open(path) as image: return getattr(image, 'n_frames', 1) > 1
+    except (OSError, SyntaxError): return False  # whoever reads it says what is wrong
 
 # %% ../../nbs/1_data/02_pictures.ipynb #b1a7e6fe
 def _picture_frames(path):
     "The frames of a picture file, each uint8 (H, W, 3): all of an animation in even steps of time, else the first picture."
     from PIL import Image, ImageSequence
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(Path(path).read_bytes())) as image:  # of a TIFF by its name, Pillow turns the size but not the rows
             if image.format not in ANIMATIONS or getattr(image, 'n_frames', 1) == 1: return [to_rgb(upright(image), path)]
             frames, shown = [], []
             for frame in ImageSequence.Iterator(image):
                 frames.append(to_rgb(frame, path))
                 shown.append(frame.info.get('duration', 0))
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, EOFError, IndexError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f'cannot read picture {path}: {error}') from None
     if image.info.get('default_image'): frames, shown = frames[1:], shown[1:]  # an APNG's stand-in for old viewers
     return [frames[i] for i in even_steps(np.cumsum([0, *shown[:-1]]), sum(shown))]
@@ -106,12 +118,13 @@ def _picture_frames(path):
 def _array_frames(path, key=None):
     "uint8 (N, H, W, 3) from .npy or .npz (its array `key`, else `frames` or `video`, or its only one)."
     try: loaded = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f'cannot read arrays of {path}: {error}') from None
     if not isinstance(loaded, np.ndarray):
         names = [key] if key else [n for n in ('frames', 'video') if n in loaded.files] or loaded.files
         if len(names) != 1: raise ValueError(f'{path} holds arrays {loaded.files}: expected one called frames')
-        loaded = loaded[names[0]]
+        try: loaded = loaded[names[0]]
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error: raise ValueError(f'cannot read arrays of {path}: {error}') from None
     if loaded.dtype != np.uint8 or loaded.ndim not in (3, 4, 5) or loaded.shape[-1] != 3 or not loaded.size:
         raise ValueError(f'{path} holds {loaded.dtype} {loaded.shape}: expected uint8 (H,W,3), (N,H,W,3) or '
                          '(N,T,H,W,3)')
@@ -124,7 +137,10 @@ def _film_frames(path):
     try:
         with av.open(str(path)) as film:
             stream = film.streams.video[0]
-            times = np.array(sorted(packet.pts for packet in film.demux(stream) if packet.pts is not None), float)
+            packets = [(packet.pts, packet.is_discard) for packet in film.demux(stream) if packet.pts is not None]
+            announced = max(stream.frames, _announced(film, stream))
+        times = np.array(sorted(time for time, discard in packets if not discard), float)
+        if announced - len(packets) > max(3, .1 * announced): warnings.warn(f'{path} announces about {announced} frames and holds {len(packets)}: it may have been cut off', stacklevel=2)
         copies = np.bincount(even_steps(times), minlength=len(times))
         with av.open(str(path)) as film:  # anew: not every container can be wound back
             stream = film.streams.video[0]
@@ -133,16 +149,33 @@ def _film_frames(path):
                 if count: yield from [_film_picture(frame, stream)] * count
     except (av.error.FFmpegError, IndexError) as error: raise ValueError(f'cannot read film {path}: {error}') from None
 
+def _announced(film, stream) -> int:
+    "Frames that a container of one stream announces by its duration; 0 where it does not."
+    if len(film.streams) > 1 or not film.duration or not stream.average_rate: return 0
+    return round(film.duration / 1e6 * float(stream.average_rate))
+
+def _shown(rgb, frame):
+    "The frame turned, and mirrored where its display matrix says so."
+    for data in frame.side_data:
+        if data.type.name != 'DISPLAYMATRIX': continue
+        a, b, _, c, d = np.frombuffer(bytes(data), '<i4')[:5].astype(float)
+        if a * d - b * c >= 0: continue  # a rotation
+        if abs(a) < abs(b): rgb, a, d = rgb.swapaxes(0, 1), c, b  # rows become columns
+        if a < 0: rgb = rgb[:, ::-1]
+        return rgb[::-1] if d < 0 else rgb
+    return np.rot90(rgb, round(getattr(frame, 'rotation', 0) / 90) % 4)
+
 def _film_picture(frame, stream):
     "A decoded frame as it is shown, uint8 (H, W, 3): colours by its matrix and range, square pixels, upright; one field of two."
     from av.video.reformatter import Colorspace
+    wide = int(frame.colorspace) in (9, 10) and hasattr(Colorspace, 'BT2020')
     unknown = int(frame.colorspace) not in (1, 4, 5, 6, 7)  # then by height, as players do: HD is BT.709, the rest BT.601
-    space = (Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601) if unknown else None
+    space = Colorspace.BT2020 if wide else (Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601) if unknown else None
     aspect = frame.width, frame.height
     if (ratio := stream.sample_aspect_ratio) and ratio != 1: aspect = max(round(frame.width * ratio), 1), frame.height
     rgb = frame.reformat(*aspect, format='rgb24', src_colorspace=space).to_ndarray()
     if getattr(frame, 'interlaced_frame', False): rgb = np.repeat(rgb[::2], 2, 0)[:len(rgb)]  # two moments in one frame: the upper field
-    return np.ascontiguousarray(np.rot90(rgb, round(getattr(frame, 'rotation', 0) / 90) % 4))
+    return np.ascontiguousarray(_shown(rgb, frame))
 
 # %% ../../nbs/1_data/02_pictures.ipynb #1b4bc32d
 def _frames_of(path):
@@ -239,6 +272,15 @@ def by_number(name: str) -> list:
     "A sort key that reads the numbers in a name as numbers: 2.png before 10.png."
     return [(0, int(part), '') if part.isdigit() else (1, 0, part) for part in re.split(r'([0-9]+)', str(name)) if part]
 
+def frames_in(folder) -> list:
+    "The pictures of a folder as the frames of a video, in the order of the numbers in their names. ValueError when two have one name."
+    files = pictures_of(folder)
+    seen = {}
+    for file in files:
+        if (other := seen.setdefault(file.stem, file)) != file: raise ValueError(f'{folder}: {other.name} and {file.name} may be the same frame; keep one of them')
+    decimal = all(re.fullmatch(r'\d+\.\d+', file.stem) for file in files)  # seconds, such as 0.25.png
+    return sorted(files, key=lambda file: float(file.stem) if decimal else by_number(file.name))
+
 def read_video(
     path,  # a film, a GIF, .npy or .npz, or a folder of pictures
     size: int,  # height and width wanted
@@ -247,7 +289,7 @@ def read_video(
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f'no such video: {path}')
     files = [path]
-    if path.is_dir(): files = sorted(pictures_of(path), key=lambda p: by_number(p.name))
+    if path.is_dir(): files = frames_in(path)
     small = [to_uint8(as_frames(frame, size), 'unit')[0] for file in files for frame in _frames_of(file)]
     if not small: raise ValueError(f'{path} holds no frames')
     return np.stack(small)
