@@ -117,8 +117,11 @@ def draw_overlays(labels, sheet: Path, folder=None) -> Path:
     some = order[np.unique(np.linspace(0, len(order) - 1, 64).round().astype(int))]
     pictures = [overlay(labels.frames[i], labels.masks[i]) for i in some]
     figure = show_frames(pictures, [f"{labels.split[i]} {labels.trajectory[i]}" for i in some], scale=1.4)
-    sheet = Path(folder)/"sheet.png" if folder else sheet
-    with atomic(sheet) as temporary: figure.savefig(temporary, dpi=100, bbox_inches="tight")
+    sheet, mark = Path(folder)/"sheet.png" if folder else sheet, "vpenc overlays"
+    if sheet.exists():
+        with Image.open(sheet) as old: mine = old.info.get("Comment") == mark
+        if not mine: raise FileExistsError(f"{sheet}: is there already and is no sheet of overlays; choose another --out, or a folder with --overlays")
+    with atomic(sheet) as temporary: figure.savefig(temporary, dpi=100, bbox_inches="tight", metadata={"Comment": mark})
     for i in progress(range(len(labels)) if folder else (), desc="overlays"):
         tinted = (overlay(labels.frames[i], labels.masks[i]) * 255).round().astype(np.uint8).repeat(4, 0).repeat(4, 1)
         with atomic(Path(folder)/f"{i:05d}-{labels.split[i]}.png") as temporary: Image.fromarray(tinted).save(temporary)

@@ -260,8 +260,9 @@ def read_mask(
     picture = open_picture(Path(path))
     whole = picture.mode in ("1", "L", "P") or picture.mode.startswith("I")  # one number a pixel
     if values is not None: return np.isin(np.asarray(picture if whole else picture.convert("L")), list(values))
-    if picture.mode == "P": return _palette_mask(picture, path)
-    if "A" in picture.mode and picture.getchannel("A").getextrema()[0] < 255:
+    clear = picture.convert("RGBA").getchannel("A").getextrema()[0] < 255 if "transparency" in picture.info else False
+    if picture.mode == "P" and not clear: return _palette_mask(picture, path)
+    if clear or "A" in picture.mode and picture.getchannel("A").getextrema()[0] < 255:
         raise ValueError(f"{path}: the mask has transparent pixels; expected 0 and 255, or 0 and 1, without transparency")
     mask = np.asarray(picture if whole else picture.convert("RGB"))
     if mask.ndim == 3:

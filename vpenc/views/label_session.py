@@ -6,7 +6,7 @@
 __all__ = ['COLORS', 'UNDOS', 'Footage', 'read_footage', 'frame_keys', 'LabelSession', 'moving', 'propose_motion', 'LabelProbe']
 
 # %% ../../nbs/7_views/07_label_session.ipynb #8c82b738
-import os, secrets
+import os, secrets, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,25 +91,28 @@ def _read_path(path, size, clips, every, split, trajectory, category) -> Footage
     "Footage of a file or folder; what holds masks is read as labels."
     import h5py
     from vpenc.data.coco import COCO_JSON, guess_format, import_labels
-    from vpenc.data.pictures import PICTURES, by_number, read_pictures
+    from vpenc.data.exports import find_export
+    from vpenc.data.pictures import PICTURES, by_number, pictures_of, read_pictures, walk
     from vpenc.data.video import ClipStore
     if not path.exists(): raise FileNotFoundError(f"{path}: no such file or folder")
     labelled = path.suffix.lower() in (".json", ".zip")
-    if path.is_dir(): labelled = guess_format(path) == "png" or any(path.glob(COCO_JSON)) or any(path.glob(f"*/{COCO_JSON}"))
+    if path.is_dir(): labelled = guess_format(path) == "png" or any(path.glob(COCO_JSON)) or any(path.glob(f"*/{COCO_JSON}")) or find_export(path) is not None
     elif h5py.is_hdf5(path):
         with h5py.File(path, "r") as file: labelled = "masks" in file
         if not labelled: return _stored(ClipStore(path), clips, every, split)
     if labelled: return _labelled_footage(import_labels(path, category=[category] if isinstance(category, str) else category, size=size, trajectory=trajectory))
     if path.suffix.lower() in (".npz", ".npy") and (array := _clips_in(path)) is not None:
         return Footage.join(array[:clips], range(len(array[:clips])), path.stem, every)
-    pictures = lambda folder: any(p.suffix.lower() in PICTURES for p in folder.iterdir())
-    if not path.is_dir() or pictures(path):
+    hidden = walk(path)[1] if path.is_dir() else []
+    inner = sorted((p for p in path.iterdir() if p.is_dir() and p not in hidden and pictures_of(p)), key=lambda p: by_number(p.name)) if path.is_dir() else []
+    if not path.is_dir() or pictures_of(path) and not inner:
         frames, names = read_pictures(path, size)
         order = sorted(range(len(names)), key=lambda i: by_number(names[i]))
         ids = trajectory_ids([names[i] for i in order], trajectory) if trajectory else np.zeros(len(order), int)
         parts = [frames[order][ids == each] for each in np.unique(ids)[:clips]]
         return Footage.join(parts, np.unique(ids)[:clips], path.stem, every)
-    folders = sorted((p for p in path.iterdir() if p.is_dir() and pictures(p)), key=lambda p: by_number(p.name))[:clips]
+    folders = inner[:clips]
+    if pictures_of(path): warnings.warn(f"{path}: {len(pictures_of(path))} pictures beside the folders of clips are left out", stacklevel=2)
     if not folders: raise ValueError(f"{path}: no pictures in it, nor in its folders; expected files ending in {', '.join(PICTURES)}")
     films = [read_pictures(each, size) for each in folders]
     films = [frames[sorted(range(len(names)), key=lambda i: by_number(names[i]))] for frames, names in films]
