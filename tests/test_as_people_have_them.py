@@ -349,7 +349,7 @@ def test_a_target_that_was_redefined_is_asked_again(tmp_path):
         finally: del targets.TARGETS["near"]
         (tmp_path / "r.json").write_text(json.dumps(result))
         return float(np.mean(result["floors"]["mean mask"]))
-    assert (first := fit(2.)) == fit(2.) < 1 and fit(10.) == 1.  # a square, then everything
+    assert fit(2.) == fit(2.) < 1 and fit(10.) == 1.  # a square, then everything
     assert json.loads((tmp_path / "r.json").read_text())["scores"]["iou"][0] == [1.] * 10
 
 
