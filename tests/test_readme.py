@@ -142,7 +142,9 @@ def test_numbers_of_magvit_come_from_the_run():
     folder = REFERENCE / "magvit"
     rows = {row["encoder"]: f"{float(row['iou']):.3f} ({float(row['low']):.3f} to {float(row['high']):.3f})" for row in csv.DictReader(open(folder / "rows.csv"))}
     said = " ".join(README.split("**And MAGVIT?**")[1].split("**Does fine-tuning")[0].split())
-    assert re.findall(r"\d\.\d{3} \(\d\.\d{3} to \d\.\d{3}\)", said) == [rows["magvit:hidden[1]"], rows["random/magvit:hidden[1]"]]
+    assert re.findall(r"\d\.\d{3} \(\d\.\d{3} to \d\.\d{3}\)", said) == [rows["magvit:hidden[1]"], rows["random/magvit:hidden[1]"], "0.038 (0.028 to 0.048)"]
+    equal = {(row["a"], row["b"]): [round(-float(row[name]), 3) for name in ("difference", "high", "low")] for row in csv.DictReader(open(folder / "equal-pairs.csv"))}
+    assert equal["magvit:hidden[1]", "videogpt:hidden[1]"] == [.038, .028, .048] and "24 minutes of a CPU thread" in said
     pairs = {(row["a"], row["b"]): row for row in csv.DictReader(open(folder / "pairs.csv"))}
     for tokenizer in ("magvit:pre", "vqvae:pre"): assert float(pairs[tokenizer, f"random/{tokenizer}"]["low"]) < 0  # "neither is easier to read"
     assert float(pairs["magvit:hidden[1]", "random/magvit:hidden[1]"]["low"]) > .3
