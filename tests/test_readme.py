@@ -114,7 +114,8 @@ def test_numbers_of_real_frames_come_from_the_run():
     rows = {(row["encoder"], row["head"], row["augment"], row["kind"], row["k"]): row for row in csv.DictReader(open(REFERENCE / "real/real.csv"))}
     span = lambda row: f"{float(row['iou']):.3f} ({float(row['low']):.3f} to {float(row['high']):.3f})"
     said = " ".join(README.split("**Does it hold on real frames?**")[1].split("**Does the prediction")[0].split())
-    zero = [span(rows[encoder, head, "4", "simulated", "0"]) for encoder, head in (("videogpt:resnet", "attention"), ("random/videogpt:resnet", "attention"), ("pixels", "linear7x7"), ("pixels", "unet"))]
+    zero = [span(rows[encoder, head, "4", "simulated", "0"]) for encoder, head in (("videogpt:resnet", "attention"), ("random/videogpt:resnet", "attention"), ("pixels", "linear7x7"), ("pixels", "unet"),
+                                                                                        ("videogpt:resnet:stages", "heavy"), ("random/videogpt:resnet:stages", "heavy"))]
     alone = [span(rows[encoder, head, "4", "real", "1"]) for encoder, head in (("videogpt:resnet", "attention"), ("pixels", "unet"))]
     assert re.findall(r"\d\.\d{3} \(\d\.\d{3} to \d\.\d{3}\)", said) == zero + alone
     run = json.loads((REFERENCE / "real/real.json").read_text())
