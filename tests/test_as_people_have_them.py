@@ -201,6 +201,21 @@ def test_masks_with_transparency_are_refused(tmp_path):
     with pytest.raises(ValueError, match="transparent"): read_mask(tmp_path / "m.png")
 
 
+def test_masks_of_one_folder_have_one_object(tmp_path):
+    from vpenc.data.masks import read_label_folder
+    def mask(name, value):
+        picture(tmp_path / f"frames/{name}.png", 9, 16)
+        values = np.zeros((16, 16), np.uint8)
+        values[4:9, 4:9] = value
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        Image.fromarray(values).save(tmp_path / f"masks/{name}.png")
+    mask("a", 1), mask("b", 0)
+    assert read_label_folder(tmp_path).masks.sum((1, 2)).tolist() == [25, 0]
+    mask("b", 255)  # 255 is often "void" where 1 is the object
+    with pytest.raises(ValueError, match="the object is 1 in a.png and 255 in b.png"): read_label_folder(tmp_path)
+    assert read_label_folder(tmp_path, values=[1]).masks.sum((1, 2)).tolist() == [25, 0]
+
+
 def test_overlays_overwrite_nothing_of_others(tmp_path):
     from vpenc.cli import main
     for i in range(3):

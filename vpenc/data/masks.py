@@ -257,9 +257,14 @@ def read_mask(
     values=None,  # numbers (grey values or palette indices) that are the object, instead
 ) -> np.ndarray:
     "The mask in a picture, bool (H, W); ValueError when it holds other values."
+    return _mask_and_object(path, values)[0]
+
+
+def _mask_and_object(path, values=None) -> tuple:
+    "The mask, and the number or colour that is the object in this picture: None where there is none, or where it was chosen."
     picture = open_picture(Path(path))
     whole = picture.mode in ("1", "L", "P") or picture.mode.startswith("I")  # one number a pixel
-    if values is not None: return np.isin(np.asarray(picture if whole else picture.convert("L")), list(values))
+    if values is not None: return np.isin(np.asarray(picture if whole else picture.convert("L")), list(values)), None
     clear = picture.convert("RGBA").getchannel("A").getextrema()[0] < 255 if "transparency" in picture.info else False
     if picture.mode == "P" and not clear: return _palette_mask(picture, path)
     if clear or "A" in picture.mode and picture.getchannel("A").getextrema()[0] < 255:
@@ -272,10 +277,10 @@ def read_mask(
     if not any(found <= {0, most} for most in (1, 255, 65535)):
         raise ValueError(f"{path}: the mask holds values {sorted(found)[:5]}; expected 0 and 255, or 0 and 1 "
                          "(several objects? choose with values=)")
-    return mask > 0
+    return mask > 0, max(found) or None
 
 
-def _palette_mask(picture, path) -> np.ndarray:
+def _palette_mask(picture, path) -> tuple:
     "Judged by the colours that are shown: white on black, or a single colour on black."
     index, colors = np.asarray(picture), np.array(picture.getpalette("RGB")).reshape(-1, 3)
     used = np.unique(index)
@@ -284,7 +289,8 @@ def _palette_mask(picture, path) -> np.ndarray:
     if len(used) > 2 or not black:
         shown = ", ".join(f"{i}: {tuple(colors[i].tolist())}" for i in used[:5].tolist())
         raise ValueError(f"{path}: which colour is the object? the mask holds {shown}; choose with values=, or save it as 0 and 255")
-    return ~np.isin(index, black)
+    other = [tuple(colors[i].tolist()) for i in used.tolist() if i not in black]
+    return ~np.isin(index, black), other[0] if other else None
 
 
 def pictures_in(
@@ -341,7 +347,14 @@ def read_label_folder(
         kept, options["split"] = source_split(list(pictures), folder)
         names = list(pictures)
         pictures = {names[i]: pictures[names[i]] for i in kept}
-    read = [_pair(path, masks[name], size, values) for name, path in progress(pictures.items(), desc=folder.name)]
+    read, objects = [], {}
+    for name, path in progress(pictures.items(), desc=folder.name):
+        *pair, seen = _pair(path, masks[name], size, values)
+        read.append(pair)
+        if seen is not None: objects.setdefault(seen, masks[name])
+    if len(objects) > 1:
+        (one, first), (other, second) = list(objects.items())[:2]
+        raise ValueError(f"{folder}: the object is {one} in {first.name} and {other} in {second.name}; choose with values=, or save both alike")
     for path, (frame, _) in zip(pictures.values(), read):
         if frame.shape != read[0][0].shape:
             raise ValueError(f"{path}: frame {frame.shape[:2]}; expected {read[0][0].shape[:2]} as before, or give size=")
@@ -352,12 +365,12 @@ def read_label_folder(
 
 
 def _pair(frame, mask, size, values) -> tuple:
-    "Frame and mask of two files, as arrays."
-    path, mask = mask, read_mask(mask, values)
+    "Frame and mask of two files, as arrays, and what is the object in the mask."
+    path, (mask, seen) = mask, _mask_and_object(mask, values)
     frame = to_rgb(open_picture(frame, mask.shape[::-1]), frame)
     if mask.shape != frame.shape[:2]:
         raise ValueError(f"{path}: mask {mask.shape}; expected {frame.shape[:2]} as its frame")
-    return (fit_frame(frame, size), fit_mask(mask, size)) if size else (frame, mask)
+    return *((fit_frame(frame, size), fit_mask(mask, size)) if size else (frame, mask)), seen
 
 # %% ../../nbs/1_data/10_masks.ipynb #0afcd821
 def read_label_arrays(

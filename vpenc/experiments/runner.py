@@ -176,11 +176,13 @@ def _job(experiment: Experiment, out: Path, cache) -> Job:
 
 def _content(path: Path) -> str:
     "The hash of a file that a result depends on; empty when it does not exist yet."
-    return _hash(str(path), path.stat().st_mtime_ns) if path.exists() else ""
+    if not path.exists(): return ""
+    known = path.stat()
+    return _hash(str(path), (known.st_mtime_ns, known.st_ctime_ns, known.st_size, known.st_ino))  # a copy may keep the time of its source
 
 
 @functools.lru_cache
-def _hash(path: str, changed: int) -> str:
+def _hash(path: str, version: tuple) -> str:
     "Hash of a file; each version is read once, however many rows depend on it."
     return file_sha256(path)
 
