@@ -241,6 +241,21 @@ def test_more_than_ten_levels_keep_their_order_in_the_cache(tmp_path):
     for cache in (False, tmp_path): assert [int(level.mean()) for level in extract(load_encoder(Twelve()), frames, cache).levels] == list(range(11))
 
 
+def test_a_tap_of_ones_own_is_told_by_its_code(tmp_path):
+    from vpenc.encoders.taps import VIDEOGPT_TAPS, VQVAE_TAPS, VQVAEEncoder
+    from vpenc.models.vqvae import VQVAE, VQVAEConfig
+    torch.manual_seed(0)
+    vqvae = VQVAE(VQVAEConfig(n_hiddens=8, n_res_layers=1, embedding_dim=8, n_codes=16, downsample=(4, 4, 4), sequence_length=4, resolution=16)).eval()
+    def single(run): return run.pre.transpose(1, 2)
+    def double(run): return 2 * run.pre.transpose(1, 2)
+    found = []
+    for function in (single, double):
+        VQVAE_TAPS["vqvae:mine"] = VIDEOGPT_TAPS["vqvae:mine"] = function
+        try: found.append(VQVAEEncoder("mine", vqvae).fingerprint)
+        finally: del VQVAE_TAPS["vqvae:mine"], VIDEOGPT_TAPS["vqvae:mine"]
+    assert found[0] != found[1] and VQVAEEncoder("pre", vqvae).own_code("vqvae:pre") == ""
+
+
 def result_file(folder, name, values, **settings):
     from vpenc.experiments.experiment import Experiment, record
     settings = dict(encoder="videogpt:resnet", head="linear1x1") | settings

@@ -23,7 +23,7 @@ from torch import nn
 
 from ..models.checkpoints import find_model, from_pretrained, load_vqvae, model_kind, push_to_hub, save_pretrained
 from ..files import did_you_mean, digest, read_json
-from ..identity import Unidentified, identify_structure, tensor_digest
+from ..identity import Unidentified, identify, identify_structure, is_installed, tensor_digest
 from ..data.video import VALUE_RANGES, as_frames, convert_range
 from ..models.videogpt import VideoGPT
 
@@ -137,6 +137,10 @@ class Encoder(Frozen):
         "How many frames the model sees for `output`: 1, or the length of a still clip."
         return 1
 
+    def own_code(self, output) -> str:
+        "16 hex digits over the function that computes `output`, if it is not vpenc's own; ''."
+        return ""
+
     @classmethod
     def parse(cls, text) -> tuple:
         "(tap, model) of what follows the colon in a name such as 'videogpt:resnet'; None where it names none."
@@ -180,7 +184,8 @@ def read_identity(self: Encoder) -> tuple:
 def identity(self: Encoder, output, weights) -> str:
     "16 hex digits from the digests of weights and code and all else that decides what `output` is; 'unknown-' before them if code cannot be read."
     code, why = self.read_identity()
-    return "unknown-" * bool(why) + digest(weights, code, output, self.value_range, self.seed if self.draws(output) else None)
+    own = self.own_code(output)
+    return "unknown-" * bool(why) + digest(weights, code, output, self.value_range, self.seed if self.draws(output) else None, *[own] * bool(own))
 
 
 def stamp(self: Encoder, output) -> str:
@@ -413,6 +418,12 @@ class TapEncoder(Encoder):
         layers = [int(output[output.index("[") + 1:-1]) for output in outputs if "[" in output]
         whole = not layers or max(layers) == self.depth(self.model) or any(output.endswith(":entropy") for output in outputs)
         return None if whole else max(layers) + 1
+
+    def own_code(self, output):
+        function = self.TAPS.get(re.sub(r"\[-?\d+\]$", "", output))
+        if function is None or is_installed(function.__module__): return ""
+        try: return identify(function)
+        except Unidentified: return digest(function.__code__.co_code, function.__code__.co_names)  # a lambda: by what it does, without its constants
 
     def compute(self, frames): return self.tapped(self.still_pass(frames, [self.output]), self.output)
 
