@@ -191,6 +191,24 @@ def test_label_studio_with_labels_apart(tmp_path):
     assert labels.extras["file"].tolist() == [b"a/0.png"] and labels.masks.sum() == 32 * 32
 
 
+def test_lists_of_davis(tmp_path):
+    from vpenc.data.coco import import_labels
+    for i, video in enumerate(("bear", "camel", "dog")):
+        picture(tmp_path / f"JPEGImages/480p/{video}/00000.jpg", 20 * i, 32)
+        values = np.zeros((32, 32), np.uint8)
+        values[:8, :8] = 255
+        (tmp_path / f"Annotations/480p/{video}").mkdir(parents=True)
+        Image.fromarray(values).save(tmp_path / f"Annotations/480p/{video}/00000.png")
+    lists = tmp_path / "ImageSets/480p"
+    lists.mkdir(parents=True)
+    for part, video in (("train", "bear"), ("val", "camel")):
+        (lists / f"{part}.txt").write_text(f"/JPEGImages/480p/{video}/00000.jpg /Annotations/480p/{video}/00000.png\n")
+    with pytest.warns(UserWarning, match="1 of 3 videos are in none of the lists"): labels = import_labels(tmp_path)
+    assert [name.decode().split("/")[-2] for name in labels.extras["file"]] == ["bear", "camel"] and labels.split.tolist() == ["train", "val"]
+    for part in ("train", "val"): (lists / f"{part}.txt").write_text("zebra\n" if part == "train" else "lion\n")
+    with pytest.raises(ValueError, match="name none of the videos"): import_labels(tmp_path)
+
+
 def test_masks_with_transparency_are_refused(tmp_path):
     from vpenc.data.masks import read_mask
     half = np.zeros((8, 8), np.uint8)

@@ -389,8 +389,12 @@ def read_davis(root) -> list:
     sizes = {name.partition("/")[0] for name in videos if "/" in name}
     if len(sizes) > 1 and sizes & {"480p", "1080p", "Full-Resolution"}: raise ValueError(f"{root}: the videos are there in {len(sizes)} sizes: {', '.join(sorted(sizes))}; keep one")
     listed, parts, numbers = _image_sets(root), {}, {video: i for i, video in enumerate(videos)}
+    out = [video for video in videos if listed and video.rpartition("/")[2] not in listed]
+    if len(out) == len(videos): raise ValueError(f"{root/'ImageSets'}: its lists name none of the videos, such as {out[0]}")
+    if out: warnings.warn(f"{root}: {len(out)} of {len(videos)} videos are in none of the lists of ImageSets and are left out: {', '.join(out[:3])}", stacklevel=2)
     for name in both:
         video = name.rpartition("/")[0]
+        if video in out: continue
         part = listed.get(video.rpartition("/")[2], "")
         records, index = parts.setdefault(part, _Records(root/"annotations", part)), np.asarray(_indices(masks[name]))
         number = records.image(_relative(pictures[name], root), index.shape[1], index.shape[0], masks[name], numbers[video])
@@ -413,6 +417,7 @@ def _image_sets(root) -> dict:
         part = PARTS.get(path.name.removesuffix(".txt").lower())
         if not part or not path.name.endswith(".txt"): continue
         for line in path.read_text(encoding="utf-8").split():
+            if Path(line).suffix.lower() in PICTURES: line = Path(line).parent.name  # DAVIS 2016 lists frames and masks
             if found.setdefault(line, part) != part: raise ValueError(f"{path}: video {line!r} is in {found[line]} and in {part}")
     return found
 
