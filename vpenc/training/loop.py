@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from ..files import atomic, progress
@@ -163,7 +164,7 @@ def mixed_precision(device, precision: str = "auto"):
 
 # %% ../../nbs/3_training/01_loop.ipynb #88754888
 class AverageWeights:
-    "An exponential moving average of the trained parameters of `module`."
+    "An exponential moving average of the trained parameters of `module`, by `torch.optim.swa_utils`; its `AveragedModel` would copy the frozen ones too."
     def __init__(self, module: nn.Module, decay: float):
         self.decay, self.steps = decay, 0
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -174,7 +175,7 @@ class AverageWeights:
         "Update the average after one step."
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))  # faster decay in the first steps
-        for name, p in self.parameters.items(): self.average[name].lerp_(p, 1 - decay)
+        get_ema_multi_avg_fn(decay)(list(self.average.values()), list(self.parameters.values()), self.steps)
 
     @contextlib.contextmanager
     def used(self):
