@@ -1,4 +1,5 @@
-"""Faults tried for real: kill -9 at random moments and go on, full disk, read-only folder, clock jumps, two runners, no memory, NaN.
+"""Faults tried for real: kill -9 at random moments and go on, full disk, read-only folder, clock jumps, two runners, no memory, NaN,
+a GPU that goes away.
 
     python tools/faults.py [--kills N] [--seed S] [--only NAME ...]
 
@@ -235,9 +236,29 @@ def nan_loss(kind, home, given):
     return f"{'refused' if code else 'NOT refused'} (`{line[:150]}`)"
 
 
+def gpu_lost(kind, home, given):
+    "A GPU that goes away, simulated: the 25th step of the training ends in CUDA's error; then the same call again."
+    wanted = content(kind, alone(kind, home, given))
+    lost = f"""
+import vpenc.cli, vpenc.training.loop as loop, vpenc.training.pretrain as trainer
+true, calls = loop.take_step, [0]
+def failing(*arguments):
+    calls[0] += 1
+    if calls[0] == 25: raise RuntimeError("CUDA error: unspecified launch failure\\nCUDA kernel errors might be asynchronously reported at some other API call")
+    return true(*arguments)
+loop.take_step = failing
+vpenc.cli.pretrain = lambda args: trainer.pretrain(given/"clips.h5", out/"run", device="cpu", **{SMALL!r}) and 0
+sys.exit(vpenc.cli.main(["pretrain", "clips.h5", "--out", "run"]))
+"""
+    code, line = finish(start(lost, home/"lost", given))
+    again, _ = finish(start(WORK[kind], home/"lost", given))
+    same = "equal bits" if again == 0 and content(kind, home/"lost") == wanted else "ANOTHER result"
+    return f"{'refused' if code == 2 else 'NOT refused'} (`{line[:160]}`); afterwards {same}"
+
+
 OTHERS = dict(full_disk=("full disk", full_disk, ("generate", "cache", "label")), read_only=("read-only folder", read_only, ("ingest", "cache")),
               clock=("clock jumps", clock_jumps, ("train", "batch")), two=("two at once", two_at_once, ("generate", "cache", "batch")),
-              memory=("no memory", no_memory, ("fit",)), nan=("NaN loss", nan_loss, ("train",)))
+              memory=("no memory", no_memory, ("fit",)), nan=("NaN loss", nan_loss, ("train",)), gpu=("a GPU that goes away (simulated)", gpu_lost, ("train",)))
 
 
 def main():

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['DRAWN', 'data_sim', 'data_bair', 'data_videos', 'data_masks', 'shares_of', 'draw_overlays', 'pretrain', 'convert',
            'run', 'run_targets', 'assignment', 'table', 'report', 'bair_table', 'step', 'predict', 'save_answers',
-           'file_names', 'bench', 'futures', 'info', 'parser', 'main']
+           'file_names', 'bench', 'futures', 'info', 'parser', 'main', 'gpu_problem']
 
 # %% ../nbs/81_cli.ipynb #ecee55c7
-import argparse, os, sys
+import argparse, os, re, sys
 from pathlib import Path
 
 # %% ../nbs/81_cli.ipynb #677f57e0
@@ -287,7 +287,6 @@ def file_names(names: list) -> list:
     Letters that no file system minds stay; others are written as in a URL (%20), so that `urllib.parse.unquote` gives them back.
     Of frames of one file, 'film.mp4[7]' becomes 'film.mp4%5B0007%5D'.
     """
-    import re
     from urllib.parse import quote
     stems = [Path(name).stem for name in names]
     same = [stem.casefold() for stem in stems]
@@ -487,11 +486,22 @@ def main(
     except ModuleNotFoundError as error: problem = f"{error.name} is missing; pip install 'vpenc[notebook]' brings it"
     except (ImportError, ValueError, OSError) as error: problem = error
     except MemoryError as error: problem = f"out of memory: {error or 'take fewer jobs, fewer or smaller frames, or a smaller head'}"
+    except RuntimeError as error:
+        problem = gpu_problem(error)
+        if not problem: raise
     except KeyboardInterrupt:
         print("vpenc: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     print(f"vpenc: {problem}", file=sys.stderr)
     return 2
+
+
+def gpu_problem(error: RuntimeError) -> str:
+    "What to say of an error that came from the GPU; '' for any other."
+    first = str(error).splitlines()[0] if str(error) else ""
+    if type(error).__name__ == "OutOfMemoryError": return f"out of GPU memory: {first}; take smaller batches or frames, or --device cpu"
+    if type(error).__name__ == "AcceleratorError" or re.match("CUDA|CUDNN|cuDNN|NVML|HIP|NCCL", first): return f"the GPU failed: {first}; what was saved is kept, and the same command goes on from there"
+    return ""
 
 
 def _existing(path) -> Path:
