@@ -274,6 +274,18 @@ def test_a_tap_of_ones_own_is_told_by_its_code(tmp_path):
     assert found[0] != found[1] and VQVAEEncoder("pre", vqvae).own_code("vqvae:pre") == ""
 
 
+def test_a_probe_refuses_features_of_an_encoder_changed_in_place():
+    from vpenc.encoders.taps import load_encoder
+    from vpenc.probing.probe import fit_probe
+    frames, masks = np.random.default_rng(0).integers(0, 255, (2, 16, 16, 3), dtype=np.uint8), np.zeros((2, 16, 16), bool)
+    masks[:, 2:9, 2:9] = True
+    encoder = load_encoder(nn.Conv2d(3, 2, 1))
+    probe = fit_probe(encoder(frames), masks, "linear1x1", val=(encoder(frames), masks), epochs=1)
+    encoder.model.weight.data.mul_(-3)
+    assert encoder(frames).fingerprint == encoder.fingerprint
+    with pytest.raises(ValueError, match="another encoder"): probe.predict(encoder(frames))
+
+
 def result_file(folder, name, values, **settings):
     from vpenc.experiments.experiment import Experiment, record
     settings = dict(encoder="videogpt:resnet", head="linear1x1") | settings

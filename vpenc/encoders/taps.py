@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['VQVAE_TAPS', 'VIDEOGPT_TAPS', 'ENCODERS', 'FAMILIES', 'LIBRARIES', 'FeatureMap', 'weights_digest', 'Frozen',
-           'Encoder', 'prepare', 'wrap', 'read_identity', 'identity', 'stamp', 'ModuleEncoder', 'PixelsEncoder',
-           'PositionEncoder', 'frame_generators', 'sums', 'moments', 'NoiseEncoder', 'StillPass', 'sample_codes',
-           'TapEncoder', 'VideoGPTEncoder', 'VQVAEEncoder', 'fresh', 'randomise', 'encoder_class', 'known_taps',
-           'tap_names', 'saved_as', 'build', 'load_encoder', 'tap_all', 'save_encoder']
+           'Encoder', 'prepare', 'wrap', 'read_identity', 'identity', 'last_number', 'stamp', 'ModuleEncoder',
+           'PixelsEncoder', 'PositionEncoder', 'frame_generators', 'sums', 'moments', 'NoiseEncoder', 'StillPass',
+           'sample_codes', 'TapEncoder', 'VideoGPTEncoder', 'VQVAEEncoder', 'fresh', 'randomise', 'encoder_class',
+           'known_taps', 'tap_names', 'saved_as', 'build', 'load_encoder', 'tap_all', 'save_encoder']
 
 # %% ../../nbs/4_encoders/01_taps.ipynb #380ab68c
 import copy, math, re, secrets
@@ -188,10 +188,16 @@ def identity(self: Encoder, output, weights) -> str:
     return "unknown-" * bool(why) + digest(weights, code, output, self.value_range, self.seed if self.draws(output) else None, *[own] * bool(own))
 
 
+def last_number(tensor) -> str:
+    "The last number of a tensor, as text: it changes where `tensor.data` is changed as a whole, of which PyTorch keeps no count."
+    if not tensor.numel() or tensor.layout != torch.strided or tensor.is_meta: return ""
+    return repr(tensor[(-1,) * tensor.dim()].item())
+
+
 def stamp(self: Encoder, output) -> str:
     "The fingerprint as a feature map carries it: '' in training, else read when a weight or an attribute was last set anew."
     if self.trainable: return ""
-    versions = [output, self.seed, self.value_range, *((t.data_ptr(), t._version) for t in chain(self.parameters(), self.buffers()))]
+    versions = [output, self.seed, self.value_range, *((t.data_ptr(), t._version, last_number(t)) for t in chain(self.parameters(), self.buffers()))]
     held = [each for m in self.modules() for name, each in vars(m).items() if name not in Encoder.not_identity]
     held += [hook for m in self.modules() for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
     if versions != self._known[0] or [*map(id, held)] != [*map(id, self._known[1])]:
