@@ -71,6 +71,16 @@ def test_thumbnails_previews_and_deleted_files_are_no_videos(tmp_path):
     assert list(find_videos(tmp_path / "c")) == ["v0", "v1", "v2"]  # the frames; the film of them is a preview
 
 
+def test_pictures_beside_an_array_or_several_films_are_no_video(tmp_path):
+    from vpenc.data.ingest import find_videos
+    picture(tmp_path / "a/ep/thumb.png")
+    np.save(tmp_path / "a/ep/video.npy", np.zeros((4, 16, 16, 3), np.uint8))
+    for name in "xy": film(tmp_path / f"b/ep/{name}.mp4")
+    for i in range(5): picture(tmp_path / f"b/ep/shot{i}.png")
+    film(tmp_path / "c/ep/long.mp4"), picture(tmp_path / "c/ep/thumb.png")
+    assert [list(find_videos(tmp_path / name)) for name in "abc"] == [["ep/video.npy"], ["ep/x.mp4", "ep/y.mp4"], ["ep/long.mp4"]]
+
+
 def test_animated_webp(tmp_path):
     from vpenc.data.ingest import find_videos
     from vpenc.data.pictures import read_video

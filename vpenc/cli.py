@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DRAWN', 'data_sim', 'data_bair', 'data_videos', 'data_masks', 'shares_of', 'draw_overlays', 'pretrain', 'convert',
-           'run', 'run_targets', 'assignment', 'table', 'report', 'bair_table', 'step', 'predict', 'save_answers',
-           'file_names', 'bench', 'futures', 'info', 'parser', 'main', 'gpu_problem']
+           'run', 'run_targets', 'assignment', 'table', 'report', 'bair_table', 'step', 'predict', 'refuse_existing',
+           'save_answers', 'file_names', 'bench', 'futures', 'info', 'parser', 'main', 'gpu_problem']
 
 # %% ../nbs/81_cli.ipynb #ecee55c7
 import argparse, os, re, sys
@@ -253,8 +253,7 @@ def predict(args):
     if predictor.target and predictor.target.name != "mask": return save_answers(predictor.target, probability, file_names(names), Path(args.out), args.overwrite)
     masks = probability >= (predictor.threshold if args.threshold is None else args.threshold)
     out, made = Path(args.out), file_names(names)
-    there = [out/folder/f"{name}.png" for name in made for folder in ("masks", "overlays") if (out/folder/f"{name}.png").exists()]
-    if there and not args.overwrite: raise FileExistsError(f"{there[0]}: is there already, and {len(there) - 1} more; choose another --out, or --overwrite")
+    refuse_existing((out/folder/f"{name}.png" for name in made for folder in ("masks", "overlays")), args.overwrite)
     for name, frame, mask in progress(list(zip(made, frames, masks)), desc="masks"):
         tinted = (overlay(frame, mask) * 255).round().astype(np.uint8)
         for folder, picture in (("masks", mask.astype(np.uint8) * 255), ("overlays", tinted)):
@@ -265,14 +264,19 @@ def predict(args):
         print(f"left out: {len(others)} files that are no pictures, or previews of those beside them, such as {others[0]}")
 
 
+def refuse_existing(paths, overwrite=False):
+    "FileExistsError when any of the files is there, unless it may be overwritten."
+    there = [path for path in paths if path.exists()]
+    if there and not overwrite: raise FileExistsError(f"{there[0]}: is there already, and {len(there) - 1} more; choose another --out, or --overwrite")
+
+
 def save_answers(target, answers, names, out, overwrite=False):
     "The answers to a target as arrays, `answers/NAME.npy`, and as pictures with the same colours for the same values, `pictures/NAME.png`."
     import numpy as np
     from PIL import Image
     from vpenc.files import atomic, progress
     from vpenc.views.panels import answer_picture, answer_range
-    there = [path for name in names for path in (out/f"answers/{name}.npy", out/f"pictures/{name}.png") if path.exists()]
-    if there and not overwrite: raise FileExistsError(f"{there[0]}: is there already, and {len(there) - 1} more; choose another --out, or --overwrite")
+    refuse_existing((path for name in names for path in (out/f"answers/{name}.npy", out/f"pictures/{name}.png")), overwrite)
     low, high = answer_range(answers)
     for name, answer in progress(list(zip(names, answers)), desc=target.name):
         with atomic(out/f"answers/{name}.npy") as temporary, open(temporary, "wb") as file: np.save(file, answer)

@@ -135,14 +135,25 @@ def find_videos(
     if videos or len(frames) > 1: frames.pop('.', None)  # pictures that lie about beside the videos
     for folder in [folder for folder in frames if folder != '.']:
         beside = [name for name in videos if Path(name).parent.as_posix() == folder]
-        films = [name for name in beside if Path(name).suffix.lower() in FILMS]
-        if films and len(pictures_of(source / folder)) <= len(films): del frames[folder]  # thumbnails of the films
+        moving = [name for name in beside if Path(name).suffix.lower() not in ('.gif', '.webp')]
+        count = len(pictures_of(source / folder))
+        if moving and (len(moving) > 1 or count < .5 * _length(videos[moving[0]])): del frames[folder]  # thumbnails of films or arrays
         else:
             for name in beside: del videos[name]  # previews of the frames beside them
     if not videos | frames:
         raise ValueError(f'no videos in {source}: expected films ({", ".join(FILMS)}), GIFs, arrays ({", ".join(ARRAYS)}) '
                          'or folders of numbered pictures')
     return dict(sorted((videos | frames).items(), key=lambda item: by_number(item[0])))
+
+def _length(video) -> int:
+    "About how many frames a film or an array has; 0 for a film that cannot be read."
+    file = Path(video['file'])
+    if file.suffix.lower() in ARRAYS: return len(_array(file))
+    try: import av
+    except ImportError: return 0
+    try:
+        with av.open(str(file)) as film: return sum(packet.pts is not None for packet in film.demux(film.streams.video[0]))
+    except (av.error.FFmpegError, IndexError): return 0
 
 @functools.lru_cache(1)
 def _array(file):
@@ -229,7 +240,7 @@ def listed_parts(
         word = re.search('train|valid|val|test', file.stem.lower())
         if not word: continue
         listed = named_in(file, names)
-        if not listed: warnings.warn(f'{file} is called like a list of a part, but names none of the {len(names)} videos or pictures here', stacklevel=2)
+        if not listed and list_rows(file): warnings.warn(f'{file} is called like a list of a part, but names none of the {len(names)} videos or pictures here', stacklevel=2)
         for name in listed:
             part = PART_NAMES[word[0]]
             if parts.setdefault(name, part) != part: raise ValueError(f'{file}: {name} is listed in {parts[name]} and in {part}')
@@ -274,7 +285,7 @@ def left_out(
         suffix = file.suffix.lower()
         if file in unlisted or file.parent in unlisted and suffix in STILLS: return 'named in no list of the parts'
         if file in read or file.parent in read and suffix in STILLS: return ''
-        if suffix in (*FILMS, '.gif', '.webp'): return 'a preview of the pictures beside it'
+        if suffix in (*FILMS, *ARRAYS, '.gif', '.webp'): return 'a preview of the pictures beside it'
         return 'a picture beside videos' if suffix in STILLS else 'no film, picture or array'
     reasons = {'hidden, or of another program': strangers}
     for file in files: reasons.setdefault(reason(file), []).append(file)

@@ -105,14 +105,15 @@ def _read_path(path, size, clips, every, split, trajectory, category) -> Footage
         return Footage.join(array[:clips], range(len(array[:clips])), path.stem, every)
     hidden = walk(path)[1] if path.is_dir() else []
     inner = sorted((p for p in path.iterdir() if p.is_dir() and p not in hidden and pictures_of(p)), key=lambda p: by_number(p.name)) if path.is_dir() else []
-    if not path.is_dir() or pictures_of(path) and not inner:
+    loose = pictures_of(path) if path.is_dir() else []
+    if not path.is_dir() or loose and not inner:
         frames, names = read_pictures(path, size)
         order = sorted(range(len(names)), key=lambda i: by_number(names[i]))
         ids = trajectory_ids([names[i] for i in order], trajectory) if trajectory else np.zeros(len(order), int)
         parts = [frames[order][ids == each] for each in np.unique(ids)[:clips]]
         return Footage.join(parts, np.unique(ids)[:clips], path.stem, every)
     folders = inner[:clips]
-    if pictures_of(path): warnings.warn(f"{path}: {len(pictures_of(path))} pictures beside the folders of clips are left out", stacklevel=2)
+    if loose: warnings.warn(f"{path}: {len(loose)} pictures beside the folders of clips are left out", stacklevel=2)
     if not folders: raise ValueError(f"{path}: no pictures in it, nor in its folders; expected files ending in {', '.join(PICTURES)}")
     films = [read_pictures(each, size) for each in folders]
     films = [frames[sorted(range(len(names)), key=lambda i: by_number(names[i]))] for frames, names in films]
