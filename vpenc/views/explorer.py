@@ -87,7 +87,7 @@ def quick_probe(
     "A `linear1x1` Probe fitted on reference frames; its threshold is chosen on a fifth of their trajectories."
     from vpenc.probing.probe import fit_probe
     groups = reference.trajectory if len(set(reference.trajectory.tolist())) > 1 else None
-    return fit_probe(feature_map(maps), reference.masks, head="linear1x1", trajectory=groups, lr=2e-2, device="cpu")
+    return fit_probe(feature_map(maps), reference.masks, head="linear1x1", trajectory=groups, lr=2e-2, weight_decay=.01, device="cpu")
 
 
 def quick_target(
