@@ -40,6 +40,26 @@ def test_tasks_and_report(labels, tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in (tmp_path / "tasks").glob("*.json")} == files
 
 
+def test_grid_with_targets(labels, tmp_path, capsys):
+    "Rows of a grid that name a target become tasks; the other rows run as always; the table and the report show both."
+    grid = tmp_path / "grid.toml"
+    grid.write_text('[[row]]\nencoder = "position"\nhead = "all"\n\n[[row]]\ntarget = ["depth", "motion"]\nencoder = "pixels"\nhead = "linear7x7"\nepochs = 1\n')
+    words = ["run", str(grid), "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--jobs", "1", "--seeds", "0", "--set", f"data={labels}", "--set", "labels=8", "--set", "test=12"]
+    assert main([*words, "--dry-run"]) == 0
+    planned = capsys.readouterr().out
+    assert planned.count("to do") == 3 and "depth_pixels_linear7x7" in planned and "position_all" in planned and not (tmp_path / "out").exists()
+    assert main(words) == 0 and main(["table", str(tmp_path / "out")]) == 0
+    table = capsys.readouterr().out
+    assert "end-point error" in table and "all foreground" in table
+    assert len(list((tmp_path / "out/tasks").glob("*_pixels_*.json"))) == 2 and len(list((tmp_path / "out").glob("position_all*.json"))) == 1
+    assert main(["report", str(tmp_path / "out")]) == 0
+    page = Path(capsys.readouterr().out.strip()).read_text()
+    assert "Many targets" in page and "all foreground" in page
+    grid.write_text('[[row]]\ntarget = "depth"\nfinetune = true\n')
+    assert main(["run", str(grid), "--out", str(tmp_path / "wrong")]) == 2
+    assert f"{grid}, row 1: a row with a target has no 'finetune'" in capsys.readouterr().err and not (tmp_path / "wrong").exists()
+
+
 def test_label_efficiency(labels, tmp_path):
     "The table's IoU are those of the runs; more labels cost no fewer bits than none could."
     run("label_efficiency", tmp_path, encoders="pixels", labels="3,6,12", seeds="0", test=12, epochs=2, data=str(labels), cache=str(tmp_path / "cache"), out=str(tmp_path / "out"))

@@ -149,29 +149,37 @@ def convert(args):
 
 # %% ../nbs/81_cli.ipynb #de41914c
 def run(args):
-    "`vpenc run`: the rows of a grid that are not done yet."
-    from vpenc.experiments.runner import plan_grid, report, run_grid
-    if args.grid == "tasks": return run_targets(args)
-    options = dict(seeds=args.seeds, overrides=dict(map(assignment, args.set)), cache=args.cache)
+    "`vpenc run`: the rows of a grid that are not done yet; rows that name a target go into the folder `tasks` of the results."
+    from vpenc.experiments.experiment import GRIDS
+    from vpenc.experiments.runner import plan_grid, read_grid, report, run_grid
+    from vpenc.experiments.tasks import tasks, tasks_of
+    given, seeds = dict(map(assignment, args.set)), dict(seeds=[part.strip() for part in args.seeds.split(",")]) if args.seeds else {}
+    options = dict(seeds=args.seeds, overrides=given, cache=args.cache)
+    if args.grid == "tasks":
+        _known_settings(given)
+        return run_targets(args, tasks(**given, **seeds), args.out)
+    rows, asked, grid = [] if args.grid in GRIDS else read_grid(args.grid), [], args.grid
+    if any("target" in row for row in rows):
+        asked, grid = tasks_of([row | (given | seeds if "target" in row else {}) for row in rows], args.grid)
+        if grid: plan_grid(grid, args.out, **options)  # complains before anything starts
+    if asked: run_targets(args, asked, Path(args.out)/"tasks")
+    if not grid: return 0
     if args.dry_run:
-        for job in plan_grid(args.grid, args.out, **options):
-            seeds = ",".join(map(str, job.experiment.seeds))
-            print(f"{'done' if job.done() else 'to do':6} {job.name}  (seeds {seeds})")
+        for job in plan_grid(grid, args.out, **options):
+            numbers = ",".join(map(str, job.experiment.seeds))
+            print(f"{'done' if job.done() else 'to do':6} {job.name}  (seeds {numbers})")
         return 0
-    return report(run_grid(args.grid, args.out, workers=args.jobs, **options))
+    return report(run_grid(grid, args.out, workers=args.jobs, **options))
 
 
-def run_targets(args):
-    "`vpenc run tasks`: many targets, and their table."
-    from vpenc.experiments.tasks import run_tasks, tasks, write_tasks
-    given = dict(map(assignment, args.set))
-    _known_settings(given)
-    grid = tasks(**given, **(dict(seeds=[part.strip() for part in args.seeds.split(",")]) if args.seeds else {}))
+def run_targets(args, grid, out):
+    "Tasks, and their table."
+    from vpenc.experiments.tasks import run_tasks, write_tasks
     if args.dry_run:
-        for task in grid: print(f"{'there ' if (Path(args.out)/f'{task.name}.json').exists() else 'to do '} {task.name}")
+        for task in grid: print(f"{'there ' if (Path(out)/f'{task.name}.json').exists() else 'to do '} {task.name}")
         return 0
-    run_tasks(args.out, grid, args.cache)
-    print(write_tasks(args.out))
+    run_tasks(out, grid, args.cache)
+    print(write_tasks(out))
 
 
 def _known_settings(given):
@@ -197,11 +205,11 @@ def assignment(text: str) -> tuple:
 def table(args):
     "`vpenc table`: print a folder's table and write it in every form."
     from vpenc.experiments.results import write_all
+    from vpenc.experiments.tasks import write_tasks
     folder = Path(_existing(args.folder))
-    if any(folder.glob("tasks.csv")):
-        from vpenc.experiments.tasks import write_tasks
-        print(write_tasks(folder))
-    else: print(write_all(folder))
+    targets = [each for each in (folder, folder/"tasks") if any(each.glob("tasks.csv"))]
+    for each in targets: print(write_tasks(each))
+    if folder not in targets and (not targets or any(folder.glob("*.json"))): print(write_all(folder))
 
 # %% ../nbs/81_cli.ipynb #f5398af3
 def report(args):

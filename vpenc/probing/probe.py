@@ -125,7 +125,7 @@ TWENTY = dict(lr=(1e-2, 3e-2, 1e-1, 3e-1, 1.), weight_decay=(0., 1e-3, 1e-2, 1e-
 RECIPES = dict(
     linear=Recipe((1.,), 8, None, (1e-3, 1e-2, 1e-1)), linear1x1=Recipe(epochs=20, **TWENTY), linear7x7=Recipe(epochs=30, **TWENTY),
     light=Recipe((5e-3,), 3, 3), attention=Recipe((3e-3,), 3, 3), heavy=Recipe((5e-3,), 8, 5, options=dict(base=8)),
-    unet=Recipe((5e-3,), 8, 5, options=dict(base=8)), all=Recipe(epochs=0), prior=Recipe(epochs=0))
+    unet=Recipe((5e-3, 1e-2), 8, 5, options=dict(base=8)), all=Recipe(epochs=0), prior=Recipe(epochs=0))
 GRID_RECIPES = dict(  # on small grids `light` and `heavy` have 16 million weights: few, large steps
     light=Recipe((1e-3,), 15, 25), heavy=Recipe((2e-3,), 4, 25, options=dict(base=8)))
 PAPER_RECIPES = dict(
