@@ -20,7 +20,7 @@ from ..files import did_you_mean
 @dataclass(frozen=True)
 class Realism:
     "What of the real camera and bin is simulated; 0 or False switches a part off."
-    border: bool = True  # first row and column exactly black; nothing is labelled there
+    border: bool = True  # first row and column exactly black, though labelled like the rest; the second row shows what lies behind the bin
     sun: float = .4  # share of trajectories with a sunlit patch: hard edges, hard shadows
     light: float = 1.  # spread of exposure (18 %), white balance (3 to 5 %), gamma (12 %) and stray light
     jitter: float = 1.  # spread of the camera's focal length (3 %), pitch and roll (.015, .01 rad), position (1.2 cm)
@@ -72,7 +72,7 @@ def trajectory_id(index, split):
 
 def stream(config, trajectory, purpose):
     "An independent random generator for one purpose of one trajectory."
-    purposes = ('scene', 'policy', 'camera', 'domain', 'label', 'piles', 'dark toys', 'slim arm', 'jitter', 'light', 'sun')
+    purposes = ('scene', 'policy', 'camera', 'domain', 'label', 'piles', 'dark toys', 'slim arm', 'jitter', 'light', 'sun', 'rim')
     return np.random.default_rng([config.seed, trajectory, purposes.index(purpose)])
 
 # %% ../../nbs/1_data/05_scene.ipynb #dcdcc319
