@@ -26,11 +26,11 @@ class Realism:
     jitter: float = 1.  # spread of the camera's focal length (3 %), pitch and roll (.015, .01 rad), position (1.2 cm)
     piles: float = .5  # share of trajectories with 10 to 18 toys in one to three heaps
     dark_toys: float = .25  # share of toys that are dark brown, black or grey
-    slim_arm: float = .5  # the arm's radii shrink by up to this share
+    slim_arm: float = .65  # the arm's radii shrink by up to this share
     blur: float = .08  # share of its light that a pixel takes from each neighbour
 
     def __post_init__(self):
-        limits = dict(sun=1, light=3, jitter=3, piles=1, dark_toys=1, slim_arm=.6, blur=.33)
+        limits = dict(sun=1, light=3, jitter=3, piles=1, dark_toys=1, slim_arm=.8, blur=.33)
         for name, high in limits.items():
             value = getattr(self, name)
             if not 0 <= value <= high: raise ValueError(f'Realism: {name} is {value}: expected 0 to {high}')
