@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['LONG', 'POSITIONS', 'WORKS', 'moved', 'padded_conv', 'plain_attention', 'Plain', 'logits', 'PlainDecoder', 'Row',
            'timed', 'race', 'count_flops', 'machine_limits', 'share_of_limit', 'bench_model', 'sampling_rows',
-           'resnet_rows', 'encode_rows', 'forced_rows', 'sample_rows', 'latents_rows', 'bf16_rows', 'bench', 'machine',
-           'cpu_name', 'as_json', 'bench_table', 'bench_bars', 'browser_table']
+           'resnet_rows', 'encode_rows', 'forced_rows', 'sample_rows', 'latents_rows', 'bf16_rows', 'probe_rows',
+           'bench', 'machine', 'cpu_name', 'as_json', 'bench_table', 'bench_bars', 'browser_table']
 
 # %% ../nbs/80_bench.ipynb #2289a913
-import copy, math, os, platform, statistics, time
+import copy, itertools, math, os, platform, statistics, time
 from dataclasses import asdict, dataclass
 
 import torch
@@ -20,6 +20,7 @@ from .models.attention import sparse_mask
 from .models.decoding import Decoder, cache_bytes
 from .models.videogpt import VideoGPT, VideoGPTConfig, flex_compiles
 from .models.vqvae import VQVAEConfig
+from .probing.many import Stack
 
 # %% ../nbs/80_bench.ipynb #59c02e85
 def moved(x, source, to):
@@ -367,7 +368,37 @@ def bf16_rows(models, repeats, device):
     return sampling_rows(*models("sparse"), 1, None, repeats, device, dtype=torch.bfloat16)
 
 
-WORKS = dict(resnet=resnet_rows, encode=encode_rows, forced=forced_rows, sample=sample_rows, latents=latents_rows, bf16=bf16_rows)
+def probe_rows(models, repeats, device):
+    "One epoch of twenty linear probes with other rates and decays, on features of the shape of a ResNet's four stages."
+    widths, size, count = models("sparse")[0].config.resnet_widths, 64, 48
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(count, c, s, s, generator=generator).to(device, memory_format=torch.channels_last) for c, s in zip(widths, (64, 32, 16, 16))]
+    masks = (torch.randn(count, 1, size, size, generator=generator) > 1.5).float().to(device)
+    start, bias = [torch.randn(1, c, 1, 1, generator=generator).to(device) / 20 for c in widths], torch.tensor([-1.], device=device)
+    rates, decays = ([*each] for each in zip(*itertools.product((1e-3, 2e-3, 3e-3, 5e-3, 1e-2), (0., 1e-3, 1e-2, 1e-1))))
+    batches = torch.arange(count).split(16)
+
+    def alone():
+        found = []
+        for rate, decay in zip(rates, decays):
+            weights, own = [w.clone().requires_grad_() for w in start], bias.clone().requires_grad_()
+            solver = torch.optim.AdamW([*weights, own], lr=rate, weight_decay=decay)
+            for rows in batches:
+                with torch.enable_grad():
+                    out = sum(F.interpolate(F.conv2d(m[rows], w), size=size, mode="bilinear") for m, w in zip(maps, weights)) + own
+                    solver.zero_grad(), F.binary_cross_entropy_with_logits(out, masks[rows]).backward(), solver.step()
+            found.append(torch.cat([w.detach().flatten() for w in weights]))
+        return torch.stack(found)
+
+    def together():
+        stack = Stack(start, bias, rates, decays, (size, size))
+        for rows in batches: stack.step(maps, masks, rows, 1.)
+        return torch.cat(stack.weights, 1)
+
+    return [race("20 linear probes, an epoch of 48 frames", alone, together, 10, repeats, device)]
+
+
+WORKS = dict(resnet=resnet_rows, encode=encode_rows, forced=forced_rows, sample=sample_rows, latents=latents_rows, probes=probe_rows, bf16=bf16_rows)
 
 # %% ../nbs/80_bench.ipynb #904c38b4
 @torch.no_grad()

@@ -477,7 +477,7 @@ def parser() -> argparse.ArgumentParser:
     speed = command("bench", bench, "time vpenc against a plain reference on this machine")
     speed.add_argument("--quick", action="store_true", help="a small model, takes seconds (its ratios only measure overhead)")
     speed.add_argument("--only", action="append", default=[], metavar="NAME",
-                       help="resnet, encode, forced, sample, latents or bf16 (repeatable)")
+                       help="resnet, encode, forced, sample, latents, probes or bf16 (repeatable)")
     speed.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
     speed.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     speed.add_argument("--repeats", type=int, default=3, metavar="N", help="turns; medians count (default: 3)")
