@@ -149,3 +149,7 @@ def test_numbers_of_magvit_come_from_the_run():
     pairs = {(row["a"], row["b"]): row for row in csv.DictReader(open(folder / "pairs.csv"))}
     for tokenizer in ("magvit:pre", "vqvae:pre"): assert float(pairs[tokenizer, f"random/{tokenizer}"]["low"]) < 0  # "neither is easier to read"
     assert float(pairs["magvit:hidden[1]", "random/magvit:hidden[1]"]["low"]) > .3
+    objectives = {(row["domain"], row["labels"]): row for row in csv.DictReader(open(folder / "objectives.csv"))}
+    for labels in ("10", "150"):  # predicting is better: the interval excludes zero
+        better = objectives["bair", labels]["future - still"]
+        assert f"{better} with {labels}" in said and float(re.findall(r"[+-]\d\.\d+", better)[1]) > 0

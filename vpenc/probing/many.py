@@ -77,8 +77,8 @@ class Stack:
 
     def parts(self, rows) -> list:
         "Rows in groups that are worked on at once."
-        at_once = CACHED // (len(self.bias) * math.prod(self.size)) if self.bias.device.type == "cpu" else len(rows)
-        return rows.split(max(1, at_once))
+        most = CACHED if self.bias.device.type == "cpu" else 512 * CACHED
+        return rows.split(max(1, most // (len(self.bias) * math.prod(self.size))))
 
     def outputs(self, maps) -> tuple:
         "Raw outputs (P,B,H,W) of maps [(B,C,h,w), ...], and the maps' columns."
