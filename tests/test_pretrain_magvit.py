@@ -71,6 +71,17 @@ def test_killed_and_resumed(tmp_path, clips, monkeypatch):
     with pytest.raises(ValueError, match="holds a run with seed=0, not 1"): pretrain(clips, tmp_path / "killed", device="cpu", **SHORT, seed=1)
 
 
+def test_linear_start(tmp_path, clips):
+    "A tokenizer that starts as mean colours is ahead at the first validation; trained on from a tokenizer, the setting changes nothing."
+    first = {}
+    for linear in (False, True):
+        pretrain(clips, tmp_path / str(linear), device="cpu", stage="vq", **SHORT, linear=linear)
+        first[linear] = logged(tmp_path / str(linear))[0]["psnr"]
+    assert first[True] > first[False] + .3, first
+    on = [pretrain(clips, tmp_path / f"on-{linear}", device="cpu", stage="vq", init=tmp_path / "False/vq", **SHORT, linear=linear) for linear in (False, True)]
+    assert (on[0] / "model.safetensors").read_bytes() == (on[1] / "model.safetensors").read_bytes()
+
+
 def test_in_parts(tmp_path, clips):
     "The tokenizer alone, then the transformer on it, give what one call gives; and with a discriminator the third stage runs."
     quick = SHORT | dict(steps=(4, 0, 2), futures=0)

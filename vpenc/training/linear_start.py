@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['blocks', 'principal_components', 'pairs', 'set_taps', 'start_encoder', 'start_bottleneck', 'start_decoder',
-           'linear_start', 'settle']
+           'linear_start', 'settle', 'mean_start']
 
 # %% ../../nbs/3_training/02_linear_start.ipynb #a8501e2c
 import math
@@ -12,6 +12,7 @@ import math
 import torch
 import torch.nn as nn
 
+from ..models.magvit_vq import MagvitVQ
 from ..models.vqvae import VQVAE, layer_strides
 
 # %% ../../nbs/3_training/02_linear_start.ipynb #598b88db
@@ -131,3 +132,45 @@ def settle(vqvae: VQVAE, clips) -> VQVAE:
     vqvae.train().decoder(vqvae.post_vq_conv(vqvae.encode_continuous(clips)))
     for norm, momentum in zip(norms, usual): norm.momentum = momentum
     return vqvae.train(training)
+
+# %% ../../nbs/3_training/02_linear_start.ipynb #be9ef5eb
+@torch.no_grad()
+def mean_start(
+    vq: MagvitVQ,  # changed in place
+    clips: torch.Tensor,  # (B, 3, T, H, W) in [0, 1], a few dozen: they set the scale
+) -> MagvitVQ:
+    "Let the tokenizer begin as the mean colours of its cells; the codebook is left as it is."
+    encoder, decoder = vq.encoder, vq.decoder
+    copies = max(norm.num_channels // norm.num_groups for norm in (encoder.norm_out, decoder.norm_out))
+    signs, carried = torch.tensor([1., -1.], device=clips.device).repeat(copies // 2), 3 * copies  # channels: red, red, ..., green, ...
+    smooth = torch.tensor([.25, .5, .25], device=clips.device)
+
+    def clear(conv, outputs):
+        conv.weight[:outputs] = 0
+        if conv.bias is not None: conv.bias[:outputs] = 0
+        return conv.weight[(slice(None), slice(None), *(size // 2 for size in conv.kernel_size))]  # a view of the middle taps
+
+    def write(conv):
+        "Three colours to all the channels that carry them."
+        middle = clear(conv, carried)
+        for k in range(3): middle[k * copies:(k + 1) * copies, k] = signs
+
+    def read(conv):
+        "And back."
+        middle = clear(conv, 3)
+        for k in range(3): middle[k, k * copies:(k + 1) * copies] = signs * 2 / copies
+
+    for half in (encoder, decoder):
+        for block in half.blocks:
+            block.conv2.weight.zero_()
+            if hasattr(block.skip, "weight"): clear(block.skip, carried)[range(carried), range(carried)] = 1
+    for conv in decoder.ups:
+        clear(conv, carried)
+        conv.weight[range(carried), range(carried), conv.kernel_size[0] // 2] = smooth[:, None] * smooth
+    for conv in (encoder.conv_in, decoder.conv_in): write(conv)
+    for conv in (encoder.conv_out, decoder.conv_out): read(conv)
+    encoder.conv_out.weight[3:] *= .3  # whatever the other channels hold counts less
+    encoder.conv_out.weight[:3] /= encoder(clips)[:, :3].std((0, 2, 3, 4)).mean()
+    drawn = decoder(encoder(clips))
+    for k in range(3): decoder.conv_out.weight[k] *= (drawn[:, k] * clips[:, k]).sum() / drawn[:, k].square().sum()  # least squares
+    return vq

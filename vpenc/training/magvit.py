@@ -301,6 +301,7 @@ class MagvitTraining:
     commit: Plan
     recipe: MagvitRecipe = MagvitRecipe()
     aligned: bool = True  # the transformer starts with `align_places`
+    linear: bool = False  # the tokenizer starts with `vpenc.training.linear_start.mean_start`
     color_jitter: float = .1  # brightness, contrast and colour of each training clip vary by up to this
     validation_clips: int = 24
     futures: int = 4  # validations between two pictures of sampled futures; 0: none
@@ -319,7 +320,7 @@ class MagvitTraining:
     def settings(self) -> dict:
         "Name -> value of everything but the model's sizes."
         plans = {f"{key}_{stage}": value for stage in self.stages for key, value in asdict(getattr(self, stage)).items() if key not in ("number", "seed")}
-        return plans | asdict(self.recipe) | {key: getattr(self, key) for key in ("aligned", "color_jitter", "validation_clips", "futures", "seed")}
+        return plans | asdict(self.recipe) | {key: getattr(self, key) for key in ("aligned", "linear", "color_jitter", "validation_clips", "futures", "seed")}
 
 
 def _preset(name, vq=None, transformer=None):
@@ -338,7 +339,7 @@ def configure_magvit(preset: str = "tiny", /, **settings) -> MagvitTraining:
     "A preset with changes; text is read as Python. ValueError names what is unknown or does not fit."
     if preset not in MAGVIT_PRESETS: raise ValueError(f"preset: unknown {preset!r}{did_you_mean(preset, MAGVIT_PRESETS)}")
     config = MAGVIT_PRESETS[preset]
-    plan, own = {f.name for f in fields(Plan)} - {"number", "seed"}, {"aligned", "color_jitter", "validation_clips", "futures", "seed"}
+    plan, own = {f.name for f in fields(Plan)} - {"number", "seed"}, {"aligned", "linear", "color_jitter", "validation_clips", "futures", "seed"}
     single = {f"{name}_{stage}": (name, stage) for name in plan for stage in MAGVIT_STAGES}
     parts = dict(recipe=config.recipe, vq=config.model.vq, transformer=config.model.transformer)
     changed = {name: {} for name in parts}

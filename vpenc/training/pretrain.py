@@ -11,10 +11,11 @@ import contextlib, io, json, math, shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..data.shards import open_clips
-from ..data.video import ClipStore
+from ..data.video import ClipStore, as_clip
 from ..files import atomic, did_you_mean, digest, locked, read_json, write_json
 from ..models.checkpoints import find_model, from_pretrained, save_pretrained
 from ..models.magvit import Magvit, MagvitConfig
@@ -24,6 +25,7 @@ from .config import PRESETS, PretrainConfig, configure
 from .loop import Log, Stop, Team, read_log, seeded, usual_workers, write_log
 from .magvit import (MAGVIT_PRESETS, MagvitTraining, configure_magvit, magvit_reports, plot_magvit_log, train_magvit)
 from .clips import Clips
+from .linear_start import mean_start
 from .videogpt import code_bits, plot_log, train_videogpt, train_vqvae
 
 # %% ../../nbs/3_training/07_pretrain.ipynb #3a1c1f33
@@ -53,6 +55,7 @@ def _magvit(store, config: MagvitTraining, out, tokens, whole, run, stages, expo
     with seeded(config.seed): magvit = Magvit(config.model)
     with seeded(config.seed, 1): judge = MagvitDiscriminator(MagvitDiscriminatorConfig(shape.filters, sequence_length=length, resolution=shape.resolution))
     if tokens: magvit.vq.load_state_dict(tokens.state_dict())
+    elif config.linear: mean_start(magvit.vq, as_clip(train.load(np.linspace(0, len(train) - 1, min(24, len(train))).astype(int).tolist()), "unit"))
     if whole: magvit.load_state_dict(whole.state_dict())
     plans = {name: config.plan(name) if name in stages else replace(config.plan(name), steps=0) for name in config.stages}
     reports = magvit_reports(magvit, test, config, lambda: export(magvit))
