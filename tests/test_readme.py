@@ -74,7 +74,7 @@ def test_scores_of_the_table_come_from_the_runs():
     known = {(f"{np.mean(run['per_image']):.3f}", str(len({t for seed in run["trajectory"] for t in seed})))
              for run in results() if run["experiment"]["protocol"] == "corrected"}
     shown = [(cells[3], cells[5]) for cells in rows() if re.fullmatch(r"\d\.\d{3}", cells[3])]
-    assert len(shown) == 19
+    assert len(shown) == 25
     assert not [each for each in shown if each not in known]
 
 
