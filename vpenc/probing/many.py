@@ -54,25 +54,25 @@ def columns(
 
 
 class Stack:
-    "P linear local probes of one architecture, each with a learning rate and weight decay of its own."
+    "P linear local probes of one architecture with O outputs each, and with a learning rate and weight decay of their own."
 
     def __init__(
         self,
-        weights,  # [(1,C,k,k), ...] that all start from, one for each level
-        bias,  # (1,) that all start from
+        weights,  # [(O,C,k,k), ...] that all start from, one for each level
+        bias,  # (O,) that all start from
         rates,  # (P,) peak learning rates
         decays,  # (P,) weight decays
-        size,  # (H,W) of the masks
+        size,  # (H,W) of the labels
     ):
         count, self.kernel = len(rates), weights[0].shape[-1]
         self.weights, self.bias = [w.detach().flatten(1).repeat(count, 1) for w in weights], bias.detach().repeat(count)
-        self.rates, self.decays = (torch.as_tensor(v, dtype=torch.float32, device=bias.device) for v in (rates, decays))
+        self.rates, self.decays = (torch.as_tensor(v, dtype=torch.float32, device=bias.device).repeat_interleave(len(bias)) for v in (rates, decays))
         self.size, self.steps = tuple(size), 0
         self.memory = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters]
 
     @property
     def parameters(self):
-        "[(P,C*k*k), ...] and the biases (P,)."
+        "[(P*O,C*k*k), ...] and the biases (P*O,)."
         return [*self.weights, self.bias]
 
     def parts(self, rows) -> list:
@@ -81,7 +81,7 @@ class Stack:
         return rows.split(max(1, most // (len(self.bias) * math.prod(self.size))))
 
     def outputs(self, maps) -> tuple:
-        "Raw outputs (P,B,H,W) of maps [(B,C,h,w), ...], and the maps' columns."
+        "Raw outputs (P*O,B,H,W) of maps [(B,C,h,w), ...], and the maps' columns."
         seen, found = [columns(m, self.kernel) for m in maps], {}
         for m, column, weight in zip(maps, seen, self.weights):
             size = m.shape[-2:]
@@ -89,14 +89,20 @@ class Stack:
         grown = [enlarge(out.view(len(out), -1, *size), self.size) for size, out in found.items()]
         return sum(grown[1:], grown[0] + self.bias[:, None, None, None]), seen
 
+    def collect(self, gradients, pull, maps, seen):
+        "Add to the parameters' gradients what the outputs' gradient `pull` (P*O,B,H,W) gives them."
+        gradients[-1] += pull.sum((1, 2, 3))
+        back = {size: enlarge_gradient(pull, size).flatten(1) for size in {m.shape[-2:] for m in maps}}
+        for gradient, m, column in zip(gradients, maps, seen): gradient.addmm_(back[m.shape[-2:]], column.T)
+
     def step(
         self,
         maps,  # [(V*N,C,h,w), ...]: V views of N frames, one view after the other
         masks,  # (N,1,H,W)
         rows,  # (B,) of the maps
         share,  # of the peak rates
-    ) -> tuple:  # (P,), (P,)
-        "One AdamW step; the loss and the mean IoU of each probe before it."
+    ) -> dict:  # loss and iou (P,)
+        "One AdamW step of masks' probes (O = 1); the loss and the mean IoU of each probe before it."
         gradients = [torch.zeros_like(p) for p in self.parameters]
         loss, overlap = torch.zeros_like(self.bias), torch.zeros_like(self.bias)
         for part in self.parts(rows):
@@ -104,14 +110,12 @@ class Stack:
             raw, seen = self.outputs(some)
             each, common, pull = compare(raw, truth)
             loss, overlap = loss + each, overlap + common
-            gradients[-1] += pull.sum((1, 2, 3))
-            back = {m.shape[-2:]: enlarge_gradient(pull, m.shape[-2:]).flatten(1) for m in {m.shape[-2:]: m for m in some}.values()}
-            for gradient, m, column in zip(gradients, some, seen): gradient.addmm_(back[m.shape[-2:]], column.T)
+            self.collect(gradients, pull, some, seen)
         pixels = len(rows) * math.prod(self.size)
-        self._adamw([gradient / pixels for gradient in gradients], share)
-        return loss / pixels, overlap / len(rows)
+        self.adamw([gradient / pixels for gradient in gradients], share)
+        return dict(loss=loss / pixels, iou=overlap / len(rows))
 
-    def _adamw(self, gradients, share, betas=(.9, .999), eps=1e-8):
+    def adamw(self, gradients, share, betas=(.9, .999), eps=1e-8):
         "PyTorch's AdamW, with vectors of rates and decays."
         self.steps += 1
         first, second = 1 - betas[0]**self.steps, 1 - betas[1]**self.steps
@@ -126,11 +130,11 @@ class Stack:
         self,
         maps,  # [(N,C,h,w), ...]
         masks,  # (N,1,H,W)
-    ) -> tuple:  # (P,), (P,)
-        "Loss and mean IoU of each probe."
+    ) -> dict:  # val_loss and val_iou (P,)
+        "Loss and mean IoU of each probe; `val_any` when no mask holds any foreground."
         found = [compare(self.outputs([take(m, part) for m in maps])[0], take(masks, part)[:, 0])[:2] for part in self.parts(torch.arange(len(masks)))]
         loss, overlap = (sum(same) for same in zip(*found))
-        return loss / masks.numel(), overlap / len(masks)
+        return dict(val_loss=loss / masks.numel(), val_iou=overlap / len(masks)) | ({} if masks.any() else dict(val_any=torch.zeros_like(loss)))
 
     def state(self) -> list: return [p.clone() for p in self.parameters]
 
@@ -160,11 +164,11 @@ def compare(
 
 # %% ../../nbs/5_probing/04_many.ipynb #01c2fad9
 def fit_stack(
-    stack,  # Stack
+    stack,  # Stack, or what steps and scores like one
     maps,  # [(V*N,C,h,w), ...]: V views of the N training frames, one view after the other
-    masks,  # (N,1,H,W)
+    labels,  # (N,...): masks (N,1,H,W)
     val_maps,  # [(M,C,h,w), ...]
-    val_masks,  # (M,1,H,W)
+    val_labels,  # (M,...)
     epochs: int,
     batch: int,
     schedule,  # share of the training, 0 to 1 -> share of the peak rate
@@ -172,13 +176,10 @@ def fit_stack(
     merit,  # record of an epoch (a dict) -> what epochs are chosen by
 ) -> list[dict]:
     "One dict for each probe: history (a record per epoch), start (the record before training), epoch (the best, 0: before training) and parameters at it."
-    count, views = len(masks), len(maps[0]) // len(masks)
+    count, views = len(labels), len(maps[0]) // len(labels)
     steps, step = max(1, epochs * -(-count // batch)), 0
-
-    def validate():
-        extra = {} if val_masks.any() else dict(val_any=False)
-        return [dict(val_loss=float(l), val_iou=float(i)) | extra for l, i in zip(*stack.score(val_maps, val_masks))]
-
+    apart = lambda records: [dict(zip(records, map(float, values))) for values in zip(*records.values())]  # one dict of (P,) -> P dicts
+    validate = lambda: apart(stack.score(val_maps, val_labels))
     start = validate()
     found = [dict(start=record, history=[], epoch=0, merit=merit(record)) for record in start]
     kept = stack.state()
@@ -187,12 +188,13 @@ def fit_stack(
         for indices in torch.randperm(count, generator=generator).split(batch):
             if len(indices) == 1 < min(count, batch): continue  # a lone rest, as for heads that need two
             rows = indices + count * torch.randint(views, indices.shape, generator=generator) if views > 1 else indices
-            seen.append(torch.stack(stack.step(maps, masks, rows, schedule(min(1., step / steps)))) * len(indices))
+            record = stack.step(maps, labels, rows, schedule(min(1., step / steps)))
+            seen.append({name: values * len(indices) for name, values in record.items()})
             total, step = total + len(indices), step + 1
-        train = torch.stack(seen).sum(0) / total  # (2,P)
+        train = apart({name: sum(record[name] for record in seen) / total for name in seen[0]})
         for i, record in enumerate(validate()):
-            found[i]["history"].append(dict(loss=float(train[0, i]), iou=float(train[1, i])) | record)
+            found[i]["history"].append(train[i] | record)
             if merit(found[i]["history"][-1]) > found[i]["merit"]:
                 found[i] |= dict(epoch=epoch, merit=merit(found[i]["history"][-1]))
-                for best, now in zip(kept, stack.parameters): best[i] = now[i]
-    return [each | dict(parameters=[best[i:i + 1] for best in kept]) for i, each in enumerate(found)]
+                for best, now in zip(kept, stack.parameters): best.view(len(found), -1)[i] = now.view(len(found), -1)[i]
+    return [each | dict(parameters=[best.chunk(len(found))[i] for best in kept]) for i, each in enumerate(found)]

@@ -160,7 +160,7 @@ class LabelSession:
         self._open([classes] if isinstance(classes, str) else list(classes))
         self.states = [self._read(key) for key in self.keys]  # uint8 (H, W) of class numbers; None: not labelled
         self._past, self._future = [[] for _ in self.keys], [[] for _ in self.keys]
-        self.proposers = {}  # name -> function of (session, index) that gives a bool mask
+        self.proposers = {}  # name -> function of (session, index) that gives a bool mask of one class, or class numbers (H, W)
         if self.footage.labels is not None and not any(state is not None for state in self.states): self.merge(self.footage.labels, self.classes[0])
 
     def __len__(self): return len(self.keys)
@@ -328,22 +328,24 @@ def propose_motion(session, index) -> np.ndarray:
 
 
 def _propose(self: LabelSession, index, how="motion", name=None):
-    "Make a proposal the class `name` of a frame: 'motion', 'probe' after `use_probe`, or your own in `proposers`."
+    "Make a proposal the class `name` of a frame, or all its classes: 'motion', 'probe' after `use_probe`, or your own in `proposers`."
     known = dict(motion=propose_motion) | self.proposers
     if how not in known: raise ValueError(f"there is no proposal {how!r}{did_you_mean(how, known)}" + ("; fit a probe first" if how == "probe" else ""))
-    mask = np.asarray(known[how](self, index), bool)
-    if not mask.any(): raise ValueError(f"{how} finds nothing in this frame")
-    self.draw(index, mask, name)
+    found = np.asarray(known[how](self, index))
+    if not found.any(): raise ValueError(f"{how} finds nothing in this frame")
+    if found.dtype == bool: self.draw(index, found, name)
+    else: self.paint(index, found)
 
 
 LabelSession.propose = _propose
 
 # %% ../../nbs/7_views/07_label_session.ipynb #b8922d81
 class LabelProbe:
-    "A probe fitted to a session: `probe(frames)` gives probabilities (N,H,W), to be cut at `probe.threshold`."
+    "A probe fitted to a session: `probe(frames)` gives probabilities (N,H,W), to be cut at `probe.threshold`; with a `.target`, class numbers."
 
     def __init__(self, encoder, probe):
-        self.encoder, self.probe, self.threshold = encoder, probe, probe.threshold
+        self.encoder, self.probe = encoder, probe
+        self.target, self.threshold = getattr(probe, "target", None), getattr(probe, "threshold", .5)
 
     def __call__(self, frames):
         return np.concatenate([self.probe.predict(self.encoder(frames[i:i + 25])) for i in range(0, len(frames), 25)])
@@ -354,11 +356,14 @@ def _fit_probe(
     name=None,  # the class to find; None: the first
     encoder="videogpt:resnet",  # a name that `load_encoder` takes, or an encoder
     head="linear1x1",  # learns from few labels, in a second
-    **options,  # passed on to `vpenc.probing.probe.fit_probe`
+    target="mask",  # or 'classes': all of them at once
+    **options,  # passed on to `vpenc.probing.probe.fit_probe`, or to `vpenc.probing.targets.fit_target`
 ) -> LabelProbe:
     "Fit a probe to the frames labelled so far. ValueError when fewer than 2 of them are labelled, or none shows the class."
     from vpenc.encoders.taps import load_encoder
-    from vpenc.probing.probe import encode, fit_probe
+    from vpenc.probing.probe import encode, fit_probe, inner_split
+    from vpenc.probing.targets import fit_target
+    if target not in ("mask", "classes"): raise ValueError(f"target: {target!r}; a session holds masks and classes: expected 'mask' or 'classes'")
     number, labelled = self.number_of(name), [i for i, state in enumerate(self.states) if state is not None]
     masks = np.array([self.states[i] == number for i in labelled])
     if len(labelled) < 2 or not masks.any():
@@ -366,16 +371,30 @@ def _fit_probe(
                          f"{self.classes[number - 1]!r}; label at least 2 frames to fit a probe")
     if isinstance(encoder, str): encoder = load_encoder(encoder)
     features, clips = encode(encoder, self.footage.frames[labelled]), self.footage.trajectory[labelled]
-    several = dict(trajectory=clips) if len(set(clips.tolist())) > 1 else dict(val=(features, masks))
-    return LabelProbe(encoder, fit_probe(features, masks, head, **several | options))
+    several = len(set(clips.tolist())) > 1
+    if target == "mask": return LabelProbe(encoder, fit_probe(features, masks, head, **(dict(trajectory=clips) if several else dict(val=(features, masks))) | options))
+    labels, parts = self.labels(), inner_split(len(labelled), clips) if several else 2 * [np.arange(len(labelled))]
+    train, val = ((features.take(part), labels.take(part)) for part in parts)
+    return LabelProbe(encoder, fit_target(*train, f"classes:{','.join(self.classes)}", head, val=val, **options))
 
 
 def _use_probe(self: LabelSession, probe):
-    "Let `propose(index, 'probe')` use a probe: a folder with a saved one, a `Predictor`, or a `LabelProbe`."
+    """Let `propose(index, 'probe')` use a probe: a folder with a saved one, a `Predictor`, or a `LabelProbe`.
+
+    Of the probe of a target with classes, those that the session has are painted, by name. ValueError for a target without masks and classes.
+    """
     if isinstance(probe, (str, Path)):
         from vpenc.experiments.experiment import Predictor
         probe = Predictor(probe)
-    self.proposers["probe"] = lambda session, index: probe(session.footage.frames[index:index + 1])[0] >= probe.threshold
+    answer, target = (lambda session, index: probe(session.footage.frames[index:index + 1])[0]), getattr(probe, "target", None)
+    if target is None: self.proposers["probe"] = lambda session, index: answer(session, index) >= probe.threshold
+    elif target.name == "mask": self.proposers["probe"] = answer
+    else:
+        names = getattr(target, "classes", ())
+        if not set(names) & set(self.classes):
+            raise ValueError(f"target {target.name!r} gives {', '.join(names[1:]) or 'no classes'}; this session has {', '.join(self.classes)}")
+        numbers = np.array([self.classes.index(name) + 1 if name in self.classes else 0 for name in names], np.uint8)
+        self.proposers["probe"] = lambda session, index: numbers[answer(session, index)]
     return probe
 
 
