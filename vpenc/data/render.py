@@ -322,7 +322,7 @@ class View:
         pixels = self._reach()
         hits, colors = zip(*(self._look(i, pixels) for i in range(len(self.bundles))))
         samples = self.world.scene.instances[np.stack([h.geom for h in hits])]  # (K, H*W)
-        mask = (samples == 1).mean(0) >= .5
+        mask = (samples == 1).mean(0) >= self.realism.labelled
         agreeing = np.argmax((samples == 1) == mask, axis=0), np.arange(self.size ** 2)  # first sample of that opinion
         chosen = lambda name: np.stack([getattr(h, name) for h in hits])[agreeing]
         geom, point, depth = chosen('geom'), chosen('point'), chosen('distance')

@@ -28,14 +28,15 @@ class Realism:
     dark_toys: float = .25  # share of toys that are dark brown, black or grey
     slim_arm: float = .65  # the arm's radii shrink by up to this share
     blur: float = .08  # share of its light that a pixel takes from each neighbour
+    labelled: float = .75  # share of a pixel that the robot covers where it is labelled: people leave out pixels that are half background
 
     def __post_init__(self):
-        limits = dict(sun=1, light=3, jitter=3, piles=1, dark_toys=1, slim_arm=.8, blur=.33)
-        for name, high in limits.items():
+        limits = dict(sun=(0, 1), light=(0, 3), jitter=(0, 3), piles=(0, 1), dark_toys=(0, 1), slim_arm=(0, .8), blur=(0, .33), labelled=(.25, 1))
+        for name, (low, high) in limits.items():
             value = getattr(self, name)
-            if not 0 <= value <= high: raise ValueError(f'Realism: {name} is {value}: expected 0 to {high}')
+            if not low <= value <= high: raise ValueError(f'Realism: {name} is {value}: expected {low} to {high}')
 
-PLAIN = Realism(border=False, sun=0, light=0, jitter=0, piles=0, dark_toys=0, slim_arm=0, blur=0)
+PLAIN = Realism(border=False, sun=0, light=0, jitter=0, piles=0, dark_toys=0, slim_arm=0, blur=0, labelled=.5)
 
 # %% ../../nbs/1_data/05_scene.ipynb #d87d1f56
 DOMAINS = ('bair', 'camouflage')
@@ -55,7 +56,7 @@ class SimConfig:
     realism: Realism = PLAIN  # what of the real camera and bin is simulated as well: `Realism()` has all of it
 
     def __post_init__(self):
-        if isinstance(self.realism, dict): object.__setattr__(self, 'realism', Realism(**self.realism))  # from a file
+        if isinstance(self.realism, dict): object.__setattr__(self, 'realism', Realism(**(dict(labelled=.5) | self.realism)))  # from a file, perhaps an old one
         limits = dict(frames=(1, 1000), size=(8, 1024), supersample=(1, 8), shadows=(0, 2), noise=(0, 64),
                       seed=(0, 2 ** 31))
         for name, (low, high) in limits.items():

@@ -86,8 +86,9 @@ class Stack:
         for m, column, weight in zip(maps, seen, self.weights):
             size = m.shape[-2:]
             found[size] = torch.addmm(found[size], weight, column) if size in found else weight @ column
-        grown = [enlarge(out.view(len(out), -1, *size), self.size) for size, out in found.items()]
-        return sum(grown[1:], grown[0] + self.bias[:, None, None, None]), seen
+        total, *others = [enlarge(out.view(len(out), -1, *size), self.size) for size, out in found.items()]
+        for more in (*others, self.bias[:, None, None, None]): total += more  # in place: fresh memory costs more than the sum
+        return total, seen
 
     def collect(self, gradients, pull, maps, seen):
         "Add to the parameters' gradients what the outputs' gradient `pull` (P*O,B,H,W) gives them."

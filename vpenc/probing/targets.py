@@ -116,7 +116,7 @@ class SemanticTarget(Target):
         weight = torch.bincount(truth.long().flatten(), minlength=self.outputs).float().clamp(min=1).rsqrt()  # rare classes count more
         return F.cross_entropy(raw, truth[:, 0].long(), weight / weight.sum())
 
-    def decode(self, raw): return raw.argmax(1).numpy()
+    def decode(self, raw): return raw.max(1).indices.numpy()
 
     def measure(self, answer, truth):
         truth = truth[:, 0].numpy().astype(int)
@@ -176,7 +176,7 @@ class MotionTarget(Target):
     def truth(self, labelled): return torch.from_numpy(self.array(labelled).astype(np.float32)).permute(0, 3, 1, 2).contiguous()
 
     def loss(self, raw, truth):
-        moves = (truth.norm(dim=1) > self.least).float()
+        moves = (truth.square().sum(1) > self.least**2).float()
         error = F.smooth_l1_loss(raw, truth, reduction="none").sum(1)
         mean = lambda weight: (error * weight).sum() / weight.sum().clamp(min=1)
         return mean(moves) + mean(1 - moves)
@@ -208,13 +208,14 @@ class InstanceTarget(Target):
     def loss(self, raw, truth):
         value = F.binary_cross_entropy_with_logits(raw[:, 0], (truth[:, 0] > 0).float())
         for vectors, ids in zip(raw[:, 1:].flatten(2), truth.long().flatten(1)):  # (6,HW), (HW,)
-            present = ids.unique()
-            present = present[present > 0]
+            inside = ids.nonzero()[:, 0]
+            present, index = ids[inside].unique(return_inverse=True)
             if not len(present): continue
-            belongs = (ids[:, None] == present).float()  # (HW,K)
-            share = belongs / belongs.sum(0)  # each object weighs the same
-            means = vectors @ share  # (6,K)
-            spread = ((vectors - means @ belongs.T).square().sum(0) + 1e-12).sqrt()
+            own = vectors[:, inside]
+            share = F.one_hot(index, len(present)).float()
+            share = share / share.sum(0)  # (P,K): each object weighs the same
+            means = own @ share  # (6,K)
+            spread = ((own - means[:, index]).square().sum(0) + 1e-12).sqrt()
             value = value + (F.relu(spread - self.pull).square() @ share).mean() / len(raw)
             if len(present) > 1:
                 apart = ((means[:, :, None] - means[:, None]).square().sum(0) + 1e-12).sqrt()
@@ -376,9 +377,13 @@ class TargetStack(Stack):
         super().__init__([torch.cat(level) for level in levels], torch.cat([each.convs[0].bias for each in head.heads]), rates, decays, size)
         self.target, self.shift, self.scale, self.count = target, *units, len(rates)
 
+    def own(self, raw):
+        "Raw outputs (P,B,O,H,W) in the target's own units."
+        return raw if isinstance(self.scale, float) else raw * self.scale + self.shift
+
     def losses(self, raw, truth):
-        "(P,) of raw outputs (P,B,O,H,W), which are not in the target's own units yet."
-        return torch.func.vmap(lambda one: self.target.loss(one * self.scale + self.shift, truth))(raw)
+        "(P,) of raw outputs in the target's own units."
+        return torch.func.vmap(lambda one: self.target.loss(one, truth))(raw)
 
     def raw(self, maps) -> tuple:
         "Raw outputs (P,B,O,H,W), and the maps' columns."
@@ -389,7 +394,7 @@ class TargetStack(Stack):
         "One AdamW step."
         some = [m[rows] for m in maps]
         raw, seen = self.raw(some)
-        losses = self.losses(raw.requires_grad_(), truth[rows])
+        losses = self.losses(self.own(raw.requires_grad_()), truth[rows])
         pull, = torch.autograd.grad(losses.sum(), raw)
         gradients = [torch.zeros_like(p) for p in self.parameters]
         self.collect(gradients, pull.transpose(1, 2).flatten(0, 1), some, seen)
@@ -398,9 +403,9 @@ class TargetStack(Stack):
 
     def score(self, maps, truth) -> dict:  # val_loss (P,), and val_score (P,) unless that is slow
         "How well each probe does."
-        raw = torch.cat([self.raw([m[i:i + 10] for m in maps])[0] for i in range(0, len(truth), 10)], 1)
+        raw = self.own(torch.cat([self.raw([m[i:i + 10] for m in maps])[0] for i in range(0, len(truth), 10)], 1))
         found = dict(val_loss=self.losses(raw, truth))
-        return found if self.target.slow else found | dict(val_score=[mean_score(self.target, one * self.scale + self.shift, truth) for one in raw])
+        return found if self.target.slow else found | dict(val_score=[mean_score(self.target, one, truth) for one in raw])
 
     @torch.no_grad()
     def give(self, head, parameters):
@@ -455,7 +460,9 @@ def _fit(target, standardize, data, units, recipe, pairs, stack, head) -> list:
         stack.give(own, found["parameters"])
         probe = TargetProbe(target, own, standardize, recipe | dict(lr=rate, weight_decay=decay), *units)
         probe.history, probe.epoch = found["history"], found["epoch"]
-        with torch.no_grad(): probe.val_score = mean_score(target, torch.cat([probe.outputs([m[i:i + 50] for m in val_maps]) for i in range(0, len(val_truth), 50)]), val_truth)
+        probe.val_score = [found["start"], *found["history"]][found["epoch"]].get("val_score")
+        if probe.val_score is None:
+            with torch.no_grad(): probe.val_score = mean_score(target, torch.cat([probe.outputs([m[i:i + 50] for m in val_maps]) for i in range(0, len(val_truth), 50)]), val_truth)
         probes.append(probe)
     return probes
 
