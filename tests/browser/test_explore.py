@@ -211,29 +211,41 @@ def test_restart_and_run_all(explorer):
     assert notebook.console_errors() == []
 
 
-def test_interaction_times_and_film(explorer):
-    "Measures, and writes outputs/browser/explore_times.json and explorer.gif; no time is asserted."
-    from PIL import Image
-    e, taps = explorer, ("vqvae:pre", "resnet", "hidden", "resnet:stages")
-    for tap in taps:  # each tap's probe is fitted once
+def interactions(e, taps, shown):
+    "Name -> times (ms) of each kind of interaction with an explorer; the probes of `taps` are fitted before."
+    for tap in taps:
         e.set("tap", tap)
         e.settled()
     e.page.evaluate(CLOCK)
     measured = {}
-    for tap in ("resnet", "vqvae:pre"):
+    for tap in shown:
         e.set("tap", tap)
         e.settled()
-        measured[f"frame slider, {tap}"] = e.timed([lambda i=i: e.set("frame", i % 16) for i in range(1, REPEATS + 1)])
+        measured[f"frame slider, {tap}"] = e.timed([lambda i=i: e.set("frame", i % 8) for i in range(1, REPEATS + 1)])
         measured[f"click, {tap}"] = e.timed([lambda i=i: e.click("frame", (i + .5) / REPEATS, .4) for i in range(REPEATS)])
         measured[f"channel, {tap}"] = e.timed([lambda i=i: e.set("channel", i + 1) for i in range(REPEATS)])
         measured[f"threshold, {tap}"] = e.timed([lambda i=i: e.set("threshold", (i + 1) / (REPEATS + 1)) for i in range(REPEATS)])
-    measured["tap"] = e.timed([lambda i=i: e.set("tap", taps[i % 4]) for i in range(REPEATS)])
+    measured["tap"] = e.timed([lambda i=i: e.set("tap", taps[i % len(taps)]) for i in range(REPEATS)])
+    return measured
+
+
+def keep_times(measured, setting):
+    "Print the times, and write them into outputs/browser/explore_times.json, beside those of other tests."
     times = {name: dict(median=round(sorted(ms)[len(ms) // 2], 1), worst=round(max(ms), 1), n=len(ms)) for name, ms in measured.items()}
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    setting = f"JupyterLab, Chromium {e.page.context.browser.version}, videogpt-sim on sim-bair"
-    (PICTURES / "explore_times.json").write_text(json.dumps(dict(unit="ms, from event to paint", setting=setting, times=times), indent=1) + "\n")
     for name, row in times.items(): print(f"{name:28}{row['median']:8.1f} ms  worst {row['worst']:8.1f}")
     assert len(times) == 9 and all(row["n"] == REPEATS and row["median"] > 0 for row in times.values())
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    path = PICTURES / "explore_times.json"
+    known = json.loads(path.read_text())["times"] if path.exists() else {}
+    path.write_text(json.dumps(dict(unit="ms, from event to paint", setting=setting, times=known | times), indent=1) + "\n")
+
+
+def test_interaction_times_and_film(explorer):
+    "Measures, and writes outputs/browser/explore_times.json and explorer.gif; no time is asserted."
+    from PIL import Image
+    e = explorer
+    measured = interactions(e, ("vqvae:pre", "resnet", "hidden", "resnet:stages"), ("resnet", "vqvae:pre"))
+    keep_times(measured, f"JupyterLab, Chromium {e.page.context.browser.version}, videogpt-sim on sim-bair")
 
     pictures = []
 
@@ -261,3 +273,21 @@ def test_interaction_times_and_film(explorer):
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     frames[0].save(PICTURES / "explorer.gif", save_all=True, append_images=frames[1:], duration=350, loop=0, optimize=True)
     assert (PICTURES / "explorer.gif").stat().st_size < 1.5e6
+
+
+def test_magvit_taps(lab, open_notebook):
+    "The same explorer on the shipped MAGVIT: its taps are there, and their times are measured like VideoGPT's."
+    cell = dict(cell_type="code", id="magvit", metadata={}, execution_count=None, outputs=[], source="from vpenc.views.explore import explore\n\nexplore(encoder='magvit-sim', frame=4)")
+    kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
+    (lab.root / "magvit.ipynb").write_text(json.dumps(dict(cells=[cell], metadata=kernel, nbformat=4, nbformat_minor=5)))
+    notebook = open_notebook("magvit.ipynb", width=1280, height=1100)
+    notebook.run_all()
+    e = Page(notebook)
+    e.settled()
+    offered = e.root.locator("[name=tap] option").evaluate_all("nodes => nodes.map(node => node.value)")
+    assert offered == ["pre", "levels", "embed", "hidden", "expected"]
+    measured = interactions(e, offered, ("pre", "hidden"))
+    setting = f"JupyterLab, Chromium {e.page.context.browser.version}, videogpt-sim and magvit-sim on sim-bair"
+    keep_times({name.replace(", ", ", magvit:") if "," in name else "tap, magvit": ms for name, ms in measured.items()}, setting)
+    e.notebook.screenshot("explore_magvit", e.root)
+    assert notebook.console_errors() == []

@@ -99,7 +99,7 @@ def quick_target(
     val = np.isin(reference.trajectory, np.unique(reference.trajectory)[::5])
     features, labels = feature_map(maps), as_labels(reference.frames, reference.masks, reference.truths)
     parts = [(features.take(torch.from_numpy(where)), labels.take(np.flatnonzero(where))) for where in (~val, val)]
-    return fit_target(*parts[0], target, val=parts[1], lr=2e-2, epochs=12)
+    return fit_target(*parts[0], target, val=parts[1], lr=2e-2, weight_decay=.01, epochs=12)
 
 
 def as_labels(frames, masks, truths) -> LabelledFrames:
