@@ -290,7 +290,7 @@ def _cost(self) -> float:
     if "ivideogpt:" in self.encoder: frame = 1.3 if re.search("hidden|next|entropy", self.encoder) else .3
     extraction = (200 + scored + 150 * self.augment) * frame
     fit = dict(unet=12, attention=9, heavy=7, light=5, linear=5).get(self.head, 3) * (2 if paper and self.head in ("unet", "light") else 1)
-    tuning = (20 * (self.epochs or 1) + .02 * scored) if self.finetune else 0
+    tuning = (20 * (self.epochs or 2) + .02 * scored) if self.finetune else 0
     return extraction + (fit + tuning) * len(self.seeds)
 
 

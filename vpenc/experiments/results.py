@@ -288,7 +288,7 @@ def real_caption(result) -> str:
     "What the numbers of those rows are."
     data = result["data"]
     return (f"{'Real' if data['real'] else 'Other'}: IoU at probability .5 on {data['frames']} frames of {data['units']} trajectories of {data['dataset']}, probes fitted to "
-            f"{result['labels']} simulated labels ({result['domain']}), weights {result['weights']}; augment: changed views of each labelled frame.")
+            f"{result['labels']} simulated labels ({result['domain']}{', with the real camera and bin' * result.get('realism', False)}), weights {result['weights']}; augment: changed views of each labelled frame.")
 
 
 def real_result(

@@ -453,7 +453,7 @@ def fine_tune(
     freeze="",  # what stays fixed: 'norm' (normalisation), names of layers, or several: 'norm+stem'
     patience=None,  # stop after that many epochs without a better validation IoU; None: never
     weight_decay=None,  # None: the head's recipe
-    epochs=None,  # of joint training; None: 1
+    epochs=None,  # of joint training; None: 2, under `paper` 1
     batch=5,  # frames per step of joint training
     schedule="cosine",  # or 'constant'
     augment=None,  # 'flip', 'jitter' or 'flip+jitter', in joint training
@@ -473,7 +473,7 @@ def fine_tune(
     probe = copy.deepcopy(start) if start else fit_probe(
         encode(encoder, frames), masks, head, val=(encode(encoder, val[0]), val[1]), loss=loss, optimizer=optimizer,
         lr=lr, weight_decay=weight_decay, schedule=schedule, head_options=head_options, protocol=protocol, seed=seed)
-    probe.encoder, epochs = encoder, 1 if epochs is None else epochs
+    probe.encoder, epochs = encoder, (1 if protocol == "paper" else 2) if epochs is None else epochs
     groups = [dict(params=list(probe.head.parameters()), lr=probe.recipe["lr"] / 4), *layers]
     solver = OPTIMIZERS["sgd" if head == "linear" else optimizer](groups, lr=encoder_lr, weight_decay=probe.recipe["weight_decay"])
     scheduler, criterion = _scheduler(solver, schedule, epochs * -(-len(targets) // batch)), make_loss(loss)
