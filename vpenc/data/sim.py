@@ -16,7 +16,7 @@ import numpy as np
 
 from ..files import atomic, did_you_mean, locked, progress, read_json, run_children, write_json
 from .render import View
-from .scene import DOMAINS, PLAIN, SPLITS, TEST_OFFSET, Realism, SimConfig, World, stream, trajectory_id
+from .scene import BEFORE, DOMAINS, PLAIN, SPLITS, TEST_OFFSET, Realism, SimConfig, World, stream, trajectory_id
 
 _all_ = ["SimConfig", "Realism", "PLAIN", "DOMAINS", "SPLITS", "TEST_OFFSET", "trajectory_id"]
 
@@ -60,7 +60,7 @@ def simulate(
     return SimClip(**fields, trajectory=trajectory_id(index, split))
 
 # %% ../../nbs/1_data/07_sim.ipynb #fbd5b98e
-SIMULATOR, REALISM = 1, 3  # raise them with any change that changes (plain; other) pictures or physics: files of another number are not mixed
+SIMULATOR, REALISM = 1, 4  # raise them with any change that changes (plain; other) pictures or physics: files of another number are not mixed
 LABEL_OFFSET = 500_000  # labelled frames come from trajectories of their own, never from the clips
 
 def version_of(config): return SIMULATOR if config.realism == PLAIN else REALISM
@@ -143,7 +143,7 @@ def _difference(old, new):
     def flat(job):
         counts = {f'{split} {job["kind"]}': n for split, n in job['counts'].items()}
         config = dict(job['config'])
-        config |= dict(labelled=.5) | config.pop('realism', dataclasses.asdict(PLAIN))  # files from before it, or from before `labelled`, have none
+        config |= BEFORE | config.pop('realism', dataclasses.asdict(PLAIN))  # files from before it, or from before one of its parts, have none
         return {'simulator': job.get('simulator'), **config, **counts}
     old, new = flat(old), flat(new)
     return ', '.join(f'{k}: {old.get(k)} there, {new.get(k)} wanted' for k in old | new if old.get(k) != new.get(k))
