@@ -247,13 +247,13 @@ def labels_path(
 def make_labels(
     path,  # of the file
     domain="bair",
-    realism=False,  # with what the real camera adds (`vpenc.data.scene.Realism`), and nine rays a pixel, for outlines as people draw them
+    realism=False,  # with what the real camera adds (`vpenc.data.scene.Realism`), nine rays a pixel for outlines as people draw them, and 400 frames to train on
 ) -> bool:
     "Simulate labelled frames; False when the file is there. ValueError when it holds another set."
-    from vpenc.data.sim import Realism, SimConfig, generate_labels
+    from vpenc.data.sim import LABEL_COUNTS, Realism, SimConfig, generate_labels
     there = Path(path).exists()
     config = SimConfig(domain=domain, supersample=3, realism=Realism()) if realism else SimConfig(domain=domain)
-    generate_labels(path, config)  # locks `path`: a second process waits and finds the file
+    generate_labels(path, config, LABEL_COUNTS | dict(train=400) if realism else LABEL_COUNTS)  # locks `path`: a second process waits and finds the file
     return not there
 
 
