@@ -114,12 +114,13 @@ def test_numbers_of_real_frames_come_from_the_run():
     rows = {(row["encoder"], row["head"], row["augment"], row["kind"], row["k"]): row for row in csv.DictReader(open(REFERENCE / "real/real.csv"))}
     span = lambda row: f"{float(row['iou']):.3f} ({float(row['low']):.3f} to {float(row['high']):.3f})"
     said = " ".join(README.split("**Does it hold on real frames?**")[1].split("**Does the prediction")[0].split())
-    zero = [span(rows[encoder, head, "4", "simulated", "0"]) for encoder, head in (("videogpt:resnet", "attention"), ("random/videogpt:resnet", "attention"), ("pixels", "linear7x7"), ("pixels", "unet"),
-                                                                                        ("videogpt:resnet:stages", "heavy"), ("random/videogpt:resnet:stages", "heavy"))]
-    alone = [span(rows[encoder, head, "4", "real", "1"]) for encoder, head in (("videogpt:resnet", "attention"), ("pixels", "unet"))]
+    stages, random = "videogpt:resnet:stages", "random/videogpt:resnet:stages"
+    named = (stages, "linear1x1"), (random, "linear1x1"), ("pixels", "linear7x7"), (stages, "heavy"), (random, "heavy"), ("pixels", "unet")
+    zero = [span(rows[encoder, head, "2", "simulated", "0"]) for encoder, head in named]
+    alone = [span(rows[encoder, head, "2", "real", "1"]) for encoder, head in ((stages, "linear1x1"), ("pixels", "unet"))]
     assert re.findall(r"\d\.\d{3} \(\d\.\d{3} to \d\.\d{3}\)", said) == zero + alone
     run = json.loads((REFERENCE / "real/real.json").read_text())
-    assert (run["labels"], run["data"]["frames"], run["data"]["units"]) == (150, 28, 7) and "150 simulated labels" in said and "28 real BAIR frames of 7 trajectories" in said
+    assert (run["labels"], run["data"]["frames"], run["data"]["units"]) == (400, 28, 7) and "400 simulated labels" in said and "28 real BAIR frames of 7 trajectories" in said
 
 
 def test_numbers_of_common_fate_come_from_the_run():
