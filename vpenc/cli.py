@@ -204,12 +204,13 @@ def assignment(text: str) -> tuple:
 
 def table(args):
     "`vpenc table`: print a folder's table and write it in every form."
+    from vpenc.experiments.report import holds
     from vpenc.experiments.results import write_all
     from vpenc.experiments.tasks import write_tasks
     folder = Path(_existing(args.folder))
-    targets = [each for each in (folder, folder/"tasks") if any(each.glob("tasks.csv"))]
+    targets = [each for each in (folder, folder/"tasks") if holds(each, "vpenc-task-1")]
     for each in targets: print(write_tasks(each))
-    if folder not in targets and (not targets or any(folder.glob("*.json"))): print(write_all(folder))
+    if not targets or holds(folder, "vpenc-result-1"): print(write_all(folder))
 
 # %% ../nbs/81_cli.ipynb #f5398af3
 def report(args):
@@ -255,7 +256,9 @@ def predict(args):
     from vpenc.files import atomic, progress
     from vpenc.data.pictures import pictures_of, read_pictures
     from vpenc.views.viz import overlay
+    if args.threshold is not None and not 0 <= args.threshold <= 1: raise ValueError(f"--threshold: {args.threshold:g} is no probability; expected a number from 0 to 1")
     predictor = Predictor(_existing(args.probe))
+    if predictor.target and args.threshold is not None: raise ValueError(f"--threshold: a probe of target {predictor.target.name!r} gives answers, not probabilities; leave it out")
     frames, names = read_pictures(_existing(args.source), size=predictor.size[0])
     probability = predictor(frames)  # (N,H,W), or a target's answers
     if predictor.target and predictor.target.name != "mask": return save_answers(predictor.target, probability, file_names(names), Path(args.out), args.overwrite)
@@ -371,7 +374,7 @@ def parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="make data").add_subparsers(dest="kind", metavar="KIND", required=True)
     sim = command("sim", data_sim, "simulate labelled frames (and clips) of a robot arm that pushes toys", data)
     sim.add_argument("--domain", default="bair", choices=("bair", "camouflage", "all"), help="appearance (default: bair)")
-    sim.add_argument("--realism", action="store_true", help="with what the real camera adds: border, sun, changing light, piles, dark toys")
+    sim.add_argument("--realism", action="store_true", help="with what the real camera and bin add: border, light, camera pose, slim arm with a wrist camera, cloth, piles, dark toys, blur; 600 frames to train on")
     sim.add_argument("--clips", type=int, default=0, metavar="N", help="also N clips to train on")
     sim.add_argument("--out", metavar="DIR", help="folder (default: data/ of the checkout, or $VPENC_DATA)")
 

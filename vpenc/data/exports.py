@@ -311,8 +311,14 @@ def _via_label(attributes) -> str:
     return str(value) if value else "object"
 
 
+def _extremes(points):
+    "The rectangle around points x, y, x, y, ..."
+    x, y = points[::2], points[1::2]
+    return rectangle(min(x), min(y), max(x) - min(x), max(y) - min(y))
+
+
 def _via3(content):
-    "The same of a VIA 3 project."
+    "The same of a VIA 3 project. ValueError for a shape with an area that is not read."
     options = {key: each.get("options", {}) for key, each in content.get("attribute", {}).items()}
     for view, each in content["view"].items():
         name, found = content["file"][str(each["fid_list"][0])]["fname"], []
@@ -320,7 +326,9 @@ def _via3(content):
             if str(region["vid"]) != view or not region.get("xy"): continue
             kind, *n = region["xy"]
             labels = [options.get(key, {}).get(value, value) for key, value in (region.get("av") or {}).items()]
-            outline = {2: lambda: rectangle(*n), 3: lambda: ellipse(n[0], n[1], n[2], n[2]), 4: lambda: ellipse(*n), 7: lambda: n}.get(kind, lambda: [0., 0.])()
+            shapes = {2: lambda: rectangle(*n), 3: lambda: ellipse(n[0], n[1], n[2], n[2]), 4: lambda: ellipse(*n), 7: lambda: n, 8: lambda: _extremes(n)}
+            if kind not in (*shapes, 1, 5, 6): raise ValueError(f"{name}: VIA shape {kind} is not read; draw rectangles, circles, ellipses or polygons")
+            outline = shapes.get(kind, lambda: [0., 0.])()  # points and lines have no area
             found.append((labels[0] if labels else "object", outline))
         yield name, found
 

@@ -29,9 +29,10 @@ def moving_pixels(
     video,  # uint8 (T,H,W,3), a camera that stands still
     least=14.,  # grey levels that a moving pixel differs at least; more where the clip is noisier
 ) -> np.ndarray:  # (T,H,W) bool
-    "The pixels of each frame that differ from the clip's median. ValueError for fewer than three frames."
+    "The pixels of each frame that differ from the clip's median. ValueError for fewer than three frames, or frames that are not uint8."
     from scipy import ndimage
     video = np.asarray(video)
+    if video.dtype != np.uint8: raise ValueError(f"video is {video.dtype}; expected uint8, grey levels from 0 to 255")
     if video.ndim != 4 or video.shape[-1] != 3 or len(video) < 3: raise ValueError(f"video has shape {video.shape}; expected (T,H,W,3) with three frames or more")
     levels = ndimage.gaussian_filter(video.astype(np.float32), (0, 1, 1, 0))
     difference = np.abs(levels - np.median(levels, 0)).max(-1)
@@ -73,6 +74,7 @@ def otsu(
 ) -> float:
     "The threshold with the least variance within the two classes."
     values = np.asarray(values, float).ravel()
+    if values.min() == values.max(): return float(values[0])  # nothing is above it
     counts, ends = np.histogram(values, bins)
     centres = (ends[1:] + ends[:-1]) / 2
     below, above = np.cumsum(counts), counts.sum() - np.cumsum(counts)

@@ -179,7 +179,7 @@ PAPER_TABLE1 = (
 TABLE1_TAPS = (("videogpt:resnet", "linear1x1"), ("videogpt:resnet:stages", "linear1x1"), ("videogpt:hidden[2]", "linear1x1"),
                ("vqvae:pre", "linear1x1"))
 TABLE1_FLOORS = (("position", "all"), ("position", "prior"), ("pixels", "linear1x1"), ("pixels", "linear7x7"),
-                 ("random/videogpt:resnet", "linear1x1"), ("random/videogpt:resnet", "attention"))
+                 ("random/videogpt:resnet", "linear1x1"), ("random/videogpt:resnet:stages", "linear1x1"), ("random/videogpt:resnet", "attention"))
 TAPS = ("videogpt:resnet", "videogpt:resnet:stages", "videogpt:codes", "videogpt:embed", "videogpt:hidden[1]",
         "videogpt:hidden[2]", "videogpt:hidden[3]", "videogpt:entropy", "vqvae:pre", "vqvae:codes")
 PROBES = ("linear", "linear1x1", "light", "heavy", "attention")
@@ -247,13 +247,13 @@ def labels_path(
 def make_labels(
     path,  # of the file
     domain="bair",
-    realism=False,  # with what the real camera adds (`vpenc.data.scene.Realism`), nine rays a pixel for outlines as people draw them, and 400 frames to train on
+    realism=False,  # with what the real camera adds (`vpenc.data.scene.Realism`), nine rays a pixel for outlines as people draw them, and 600 frames to train on
 ) -> bool:
     "Simulate labelled frames; False when the file is there. ValueError when it holds another set."
     from vpenc.data.sim import LABEL_COUNTS, Realism, SimConfig, generate_labels
     there = Path(path).exists()
     config = SimConfig(domain=domain, supersample=3, realism=Realism()) if realism else SimConfig(domain=domain)
-    generate_labels(path, config, LABEL_COUNTS | dict(train=400) if realism else LABEL_COUNTS)  # locks `path`: a second process waits and finds the file
+    generate_labels(path, config, LABEL_COUNTS | dict(train=600) if realism else LABEL_COUNTS)  # locks `path`: a second process waits and finds the file
     return not there
 
 
@@ -653,11 +653,12 @@ def save_probe(
     save_with_row(fitted.probes[0], fitted.experiment, fitted.encoder, fitted.labelled.size, folder)
 
 
-def save_with_row(probe, experiment: Experiment, encoder, size, folder):
-    "Save a Probe or TargetProbe with the row that it was fitted for, and what tells the model of its encoder."
+def save_with_row(probe, experiment: Experiment, encoder, size, folder, key=None):
+    "Save a Probe or TargetProbe with the row that it was fitted for, what tells the model of its encoder, and the key of the result that it belongs to."
     from vpenc.encoders.taps import weights_digest
+    for old in ("experiment.json", "target.json", "probe.json"): (Path(folder)/old).unlink(missing_ok=True)  # of a probe that was here; killed from here on, there is none
     probe.save(folder)
-    write_json(Path(folder)/"experiment.json", record(experiment) | dict(size=list(size), model=weights_digest(encoder)))
+    write_json(Path(folder)/"experiment.json", record(experiment) | dict(size=list(size), model=weights_digest(encoder)) | (dict(key=key) if key else {}))
 
 
 class Predictor:

@@ -53,7 +53,8 @@ def draw_labels(
     k,  # labels to draw
     seed=0,
 ) -> np.ndarray:  # (k,) indices
-    "k frames of the other trajectories, in turn from each. ValueError when there are fewer."
+    "k frames of the other trajectories, in turn from each. ValueError when there are fewer, or k is none."
+    if not isinstance(k, int | np.integer) or k < 1: raise ValueError(f"k: {k!r} real labels; expected a whole number from 1 (with none, the probes are those of `zero_shot`)")
     generator, trajectory = np.random.default_rng([seed, 7]), np.asarray(trajectory)
     order = generator.permutation(len(trajectory))  # the same whatever is left out
     queues = {each: [i for i in order if trajectory[i] == each] for each in dict.fromkeys(trajectory[order].tolist()) if each != held}

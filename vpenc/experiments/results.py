@@ -38,6 +38,7 @@ def collect(
     if not results: raise ValueError(f"{folder}: no results in it; `vpenc run table1 --out {folder}` makes them")
     rows = {}
     for result in results: rows.setdefault(_whole(lambda runs: _row_key(runs[0]), [result]), []).append(result)
+    for runs in rows.values(): _check_model(runs)
     return pd.DataFrame([_whole(_joined, runs) for runs in rows.values()])
 
 
@@ -65,6 +66,12 @@ def _present(result: dict) -> dict:
 def _row_key(result) -> tuple:
     "The settings and the data that two runs of one row share."
     return (*(str(result["experiment"].get(name)) for name in ROW), str(result["data"]["fingerprint"]))
+
+
+def _check_model(runs):
+    "ValueError when runs of one row are of models with other weights. (Noise is fitted to the frames of its seed.)"
+    models = {} if runs[0]["experiment"]["encoder"].startswith("noise") else {(run.get("frozen") or {}).get("before"): run["path"].name for run in runs}
+    if len(models) > 1: raise ValueError(f"{' and '.join(models.values())} are seeds of one row, but of models with other weights: delete those of the model that is no longer there")
 
 # %% ../../nbs/6_experiments/04_results.ipynb #594fb183
 def _joined(runs: list[dict]) -> dict:

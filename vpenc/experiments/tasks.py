@@ -78,13 +78,14 @@ def run_task(
     encoder, parts = load_encoder(task.encoder, weights=task.weights), [parts_for(labelled, task.row, seed) for seed in task.seeds]
     encoder.fit(labelled.frames[parts[0].train])
     key = _key(task, labelled, encoder)
-    if file and key and Path(file).exists() and (old := read_json(file)).get("key") == key and (probes is None or (Path(probes)/"experiment.json").exists()): return old
+    kept = probes is None or (row := Path(probes)/"experiment.json").exists() and read_json(row).get("key") == key
+    if file and key and kept and Path(file).exists() and (old := read_json(file)).get("key") == key: return old
     read, start = lambda indices: features_at(encoder, labelled, indices, cache), time.perf_counter()
     test, val = labelled.take(parts[0].scored), labelled.take(parts[0].val)
     features, val_features = read(parts[0].scored), read(parts[0].val)
     fitted = [fit_target(read(part.train), labelled.take(part.train), target, task.head, val=(val_features, val), epochs=task.epochs, seed=seed)
               for seed, part in zip(task.seeds, parts)]
-    if probes is not None: save_with_row(fitted[0], task.row, encoder, labelled.size, probes)
+    if probes is not None: save_with_row(fitted[0], task.row, encoder, labelled.size, probes, key)
     measured, truth = [probe.measure(features, test) for probe in fitted], target.truth(test)
     train = labelled.take(parts[0].train)
     floors = {name: target.measure(answer(test.frames), truth)[target.main] for name, answer in target.floors(target.truth(train), train.frames).items()}
@@ -136,7 +137,9 @@ def run_tasks(
     cache=None,  # folder of cached features; the default when None
 ) -> list[dict]:
     "Run what is not done yet; a result whose labels, weights or code have changed is made again. Killed at any moment, it goes on where it was."
-    out, grid = Path(out), tasks() if grid is None else list(grid)
+    out, grid, named = Path(out), tasks() if grid is None else list(grid), {}
+    for task in grid:
+        if named.setdefault(task.name, task) != task: raise ValueError(f"{task.name}: two different tasks have this name, and would share a file; run them into different folders")
     for task in grid: task.row.inputs()  # a model that is not there is noticed before anything is simulated
     out.mkdir(parents=True, exist_ok=True)
     results, labels = [], {}
@@ -166,9 +169,9 @@ def task_frame(
 
 
 def _comparable(results) -> list:
-    "Results of one target on the same test frames, together."
+    "Results of one target on the same test frames and as many labels, together."
     groups = {}
-    for result in results: groups.setdefault((result["target"], result["data"]["fingerprint"], tuple(result["trajectory"])), []).append(result)
+    for result in results: groups.setdefault((result["target"], result["data"]["fingerprint"], result["data"]["train"], tuple(result["trajectory"])), []).append(result)
     return list(groups.values())
 
 
@@ -178,15 +181,19 @@ def _lines(group) -> list[dict]:
     sign, trajectory = 1 if first["higher"] else -1, np.array(first["trajectory"])
     array = lambda values: np.array([np.nan if value is None else value for value in values], float)
     mean = {id(r): np.mean([array(values) for values in r["scores"][r["main"]]], axis=0) for r in group}
-    floors = {name: array(values) for name, values in first["floors"].items()}
-    floors |= {f"{r['experiment']['encoder']}, {r['experiment']['head']}": mean[id(r)] for r in group if _blind(r)}
-    best = max(floors, key=lambda name: sign * np.nanmean(floors[name]))
+    given = {name: array(values) for name, values in first["floors"].items()}
 
-    def line(encoder, head, values, floor=None, **more):
+    def floors_of(result):
+        "Those that know as little: the target's own, pixels and noise, untrained networks of the same kind."
+        others = [r for r in group if _blind(r) and (not r["experiment"]["encoder"].startswith("random/") or r["experiment"]["weights"] == result["experiment"]["weights"])]
+        return given | {f"{r['experiment']['encoder']}, {r['experiment']['head']}": mean[id(r)] for r in others}
+
+    def line(encoder, head, values, floors=None, **more):
         there = np.isfinite(values)
         low, high = bootstrap_interval(values[there], trajectory[there])
         gain = dict(floor="", floor_value=np.nan, gain=np.nan, gain_low=np.nan, gain_high=np.nan)
-        if floor:
+        if floors:
+            floor = max(floors, key=lambda name: sign * np.nanmean(floors[name]))
             both = there & np.isfinite(floors[floor])
             difference = sign * (values - floors[floor])[both]
             ends = bootstrap_interval(difference, trajectory[both])
@@ -194,9 +201,15 @@ def _lines(group) -> list[dict]:
         return dict(target=first["target"], score=first["main"], higher=first["higher"], encoder=encoder, head=head, value=float(values[there].mean()), low=low, high=high,
                     scored=int(there.sum()), units=len(np.unique(trajectory[there])), dataset=first["data"]["dataset"], simulated=first["data"]["simulated"]) | more | gain
 
-    lines = [line(r["experiment"]["encoder"], r["experiment"]["head"], mean[id(r)], None if _blind(r) else best, seeds=len(r["seeds"]), labels=r["data"]["train"],
-                  head_parameters=r["head_parameters"]) for r in group]
-    return lines + [line(name, "", values, seeds=0, labels=first["data"]["train"], head_parameters=0) for name, values in floors.items() if "," not in name]
+    about = lambda r: dict(labels=r["data"]["train"], fingerprint=r["data"]["fingerprint"])
+    lines = [line(r["experiment"]["encoder"], r["experiment"]["head"], mean[id(r)], None if _blind(r) else floors_of(r), seeds=len(r["seeds"]), weights=_weights(r),
+                  epochs=r["experiment"].get("epochs") or "default", head_parameters=r["head_parameters"], **about(r)) for r in group]
+    return lines + [line(name, "", values, seeds=0, weights="", epochs="", head_parameters=0, **about(first)) for name, values in given.items()]
+
+
+def _weights(result) -> str:
+    "The model of a row; '' for what has none."
+    return "" if result["experiment"]["encoder"].partition(":")[0] in ("pixels", "position") else str(result["experiment"]["weights"])
 
 
 def _blind(result) -> bool:
@@ -215,13 +228,19 @@ def task_table(
     arrow = lambda rows: "higher is better" if rows.higher.iloc[0] else "lower is better"
     heads = [f"{TITLES.get(t, t)} ({arrow(df[df.target == t])})" for t in order]
     text = ["| encoder, head | " + " | ".join(heads) + " |", "|---" * (len(order) + 1) + "|"]
-    learned = df[df.seeds > 0]
-    differ = [name for name in ("labels", "seeds", "weights", "dataset", "fingerprint") if name in df and learned[name].nunique() > 1]
-    for (encoder, head, *settings), rows in df.groupby(["encoder", "head", *differ], sort=False):
+    for name, rows in df.groupby(_names(df), sort=False):
         found = {row.target: row for row in rows.itertuples()}
-        told = "".join(f", {name}={value}" for name, value in zip(differ, settings)) * bool(head)
-        text.append(f"| {encoder}{', ' * bool(head)}{head}{told} | " + " | ".join(_words(found[t]) if t in found else "" for t in order) + " |")
+        text.append(f"| {name} | " + " | ".join(_words(found[t]) if t in found else "" for t in order) + " |")
     return "\n".join(text)
+
+
+def _names(df):
+    "Of each line: encoder, head, and the settings in which lines of one target, encoder and head differ; the number of labels of floors without a head too."
+    differ = []
+    for name in ("labels", "seeds", "weights", "epochs", "dataset", "fingerprint"):
+        if name in df and (df.groupby(["target", "encoder", "head"])[name].nunique(dropna=False) > 1).any(): differ.append(name)
+    told = lambda row, name: f", {name}={row[name]}" * (bool(row["head"]) or name in ("labels", "dataset", "fingerprint"))
+    return df.apply(lambda row: f"{row.encoder}{', ' * bool(row['head'])}{row['head']}" + "".join(told(row, name) for name in differ), axis=1)
 
 
 def _words(row) -> str:
@@ -250,17 +269,18 @@ def task_figure(
     "One panel for each target: encoders as dots with intervals, floors grey, the best floor as a line."
     from matplotlib.figure import Figure
     order = [name for name in dict.fromkeys([*TITLES, *df.target]) if name in set(df.target)]
-    names = list(dict.fromkeys(f"{row.encoder}, {row.head}" if row.head else row.encoder for row in df[df["head"] != ""].itertuples()))
+    df = df.assign(name=_names(df))
+    names = list(dict.fromkeys(df[df["head"] != ""].name))
     figure = Figure(figsize=(3 * len(order) + 1.5, .8 + .34 * (len(names) + 2)), dpi=90, layout="constrained")
     for axes, target in zip(np.ravel(figure.subplots(1, len(order), sharey=True)), order):
         rows = df[df.target == target]
         for row in rows[rows["head"] != ""].itertuples():
-            place = len(names) - 1 - names.index(f"{row.encoder}, {row.head}")
+            place = len(names) - 1 - names.index(row.name)
             colour = "tab:blue" if row.gain == row.gain else "grey"
             axes.plot(row.value, place, "o", color=colour)
             if row.units > 1: axes.plot([row.low, row.high], [place, place], color=colour)
         floors = [row.floor_value for row in rows.itertuples() if row.gain == row.gain]
-        if floors: axes.axvline(floors[0], color="grey", ls=":", lw=1)
+        if len(set(floors)) == 1: axes.axvline(floors[0], color="grey", ls=":", lw=1)
         own = rows[rows["head"] == ""]
         for row in own.itertuples(): axes.plot(row.value, -1, "|", color="black", ms=10)
         axes.set_title(TITLES.get(target, target), fontsize=8)

@@ -60,6 +60,7 @@ def pooled(
     for maps in features.as_2d():
         weight = F.adaptive_avg_pool2d(masks, maps.shape[-2:]) if maps.shape[-1] <= masks.shape[-1] else F.interpolate(masks, size=maps.shape[-2:])
         weight = weight / weight.sum((2, 3), keepdim=True).clamp(min=1e-9)
+        maps = maps.cpu()
         parts.append(torch.cat([(maps[toys.clip[i:i + 64]].float() * weight[i:i + 64]).sum((2, 3)) for i in range(0, len(toys), 64)]))
     return torch.cat(parts, 1)
 
@@ -98,8 +99,9 @@ def will_move(
     features,  # FeatureMaps of the frames of (train, val, test)
     toys,  # Toys of the same
 ) -> np.ndarray:  # (M,) probabilities of the test toys
-    "Fit to the training toys, choose the decay on the validation toys. ValueError when all training toys move, or none."
+    "Fit to the training toys, choose the decay on the validation toys. ValueError when all training toys move, or none, or no validation toy."
     train, val, test = (pooled(f, t) for f, t in zip(features, toys))
+    if not toys[1].moves.any(): raise ValueError(f"none of {len(toys[1])} validation toys moves; expected at least one, to choose the decay")
     if len(set(toys[0].moves.tolist())) < 2: raise ValueError(f"of {len(toys[0])} training toys {int(toys[0].moves.sum())} move; expected some that do and some that do not")
     mean, std = train.mean(0), train.std(0).clamp(min=1e-5)
     train, val, test = ((x - mean) / std for x in (train, val, test))

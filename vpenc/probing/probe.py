@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TWENTY', 'RECIPES', 'GRID_RECIPES', 'PAPER_RECIPES', 'OPTIMIZERS', 'SCHEDULES', 'AUGMENTS', 'Standardizer', 'Probe',
            'Recipe', 'recipe_for', 'flip', 'jitter', 'augmentation', 'mean_iou', 'descend', 'newton_like', 'keep_best',
-           'inner_split', 'fit_probe', 'converged', 'check_recipe', 'fine_tune', 'layer_groups', 'encode']
+           'inner_split', 'fit_probe', 'check_same', 'converged', 'check_recipe', 'fine_tune', 'layer_groups', 'encode']
 
 # %% ../../nbs/5_probing/05_probe.ipynb #3d55abe0
 import copy, math, warnings
@@ -84,8 +84,9 @@ class Probe:
         features = source if hasattr(source, "as_2d") else None
         if features is None and self.encoder is None:
             raise ValueError("this probe reads features: call its encoder on the frames first")
-        known, given = self.recipe.get("fingerprint"), getattr(features, "fingerprint", "")
-        if self.encoder is None and known and given and known != given:
+        given = getattr(features, "fingerprint", "")
+        known = self.recipe.get("fingerprint") if self.encoder is None or not given else self.encoder.fingerprint
+        if known and given and known != given:
             raise ValueError(f"this probe was fitted to features of another encoder ({known}) than these, {features.tap} ({given})")
         parts = []
         for start in range(0, len(source), batch):
@@ -298,7 +299,9 @@ def fit_probe(
     "Fit a head to cached features. Same seed, same machine, same probe. ValueError for bad names, sizes and masks."
     _known("protocol", protocol, ("corrected", "paper")), _known("head", head, HEADS)
     _known("optimizer", optimizer, OPTIMIZERS), _known("schedule", schedule or "cosine", SCHEDULES)
+    if type(views) is not int or views < 1: raise ValueError(f"views: {views!r}; expected a whole number from 1")
     targets, criterion, augment = _targets(masks, len(features) / views), make_loss(loss), augmentation(augment)
+    check_same(features, val[0] if val else features)
     if val is None:  # frames are held out with all their views, and judged by the first
         count, (train, held) = len(targets), inner_split(len(targets), trajectory, seed)
         val, targets = (features.take(held), targets[held, 0].numpy()), targets[train]
@@ -311,7 +314,6 @@ def fit_probe(
     recipe = recipe_for(head, shapes, protocol)
     options = recipe.options | (PAPER_QUIRKS.get(head, {}) if protocol == "paper" else {}) | (head_options or {})
     check_recipe(lr, weight_decay, epochs, batch)
-    if type(views) is not int or views < 1: raise ValueError(f"views: {views!r}; expected a whole number from 1")
     recipe = replace(recipe, epochs=recipe.epochs if epochs is None else epochs, batch=batch or recipe.batch,
                      lr=_several(lr, recipe.lr), weight_decay=_several(weight_decay, recipe.weight_decay), options=options,
                      schedule=schedule or recipe.schedule)
@@ -330,6 +332,12 @@ def fit_probe(
     if protocol == "corrected" and val_targets.any(): probe.threshold = best_threshold(probe.predict(val[0]), np.asarray(val[1], bool))
     probe.recipe["fingerprint"] = features.fingerprint
     return probe
+
+
+def check_same(features, val_features):
+    "ValueError when training and validation features are of different encoders."
+    known, given = features.fingerprint, val_features.fingerprint
+    if known and given and known != given: raise ValueError(f"validation features are of another encoder, {val_features.tap} ({given}), than the training features, {features.tap} ({known})")
 
 
 def converged(probes) -> list:

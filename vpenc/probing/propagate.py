@@ -17,10 +17,11 @@ def position_vectors(
     features,  # FeatureMap of the T frames of a clip
     grid=32,  # positions a side
 ) -> torch.Tensor:  # (T,D,grid,grid), unit length
-    "The vectors that are compared, all levels of the map side by side."
+    "The vectors that are compared, all levels of the map side by side. ValueError for features that are not finite."
     parts = []
     for maps in features.as_2d():  # (T,C,h,w)
-        maps = maps.float()
+        maps = maps.float().cpu()
+        if not maps.isfinite().all(): raise ValueError(f"{features.tap}: the features hold NaN or infinite values; nothing can be compared")
         maps = (maps - maps.mean((0, 2, 3), keepdim=True)) / maps.std((0, 2, 3), keepdim=True).clamp(min=1e-5)
         larger = maps.shape[-1] > grid or maps.shape[-2] > grid
         size = (grid, grid)
@@ -39,6 +40,7 @@ def propagate(
 ) -> np.ndarray:  # (T,H,W), or (T,K,H,W), in [0,1]
     "The share of the label at each pixel, frame after frame. ValueError for masks that do not fit."
     several = np.ndim(mask) == 3
+    if not np.isin(mask, (0, 1)).all(): raise ValueError(f"mask holds values up to {np.max(mask)}; expected 0 and 1")
     if np.ndim(mask) not in (2, 3): raise ValueError(f"mask has shape {np.shape(mask)}; expected (H,W), or (K,H,W) for several objects")
     labels = torch.from_numpy(np.asarray(mask, np.float32).reshape(-1, *np.shape(mask)[-2:]))[None]  # (1,K,H,W)
     frames, _, height, width = vectors.shape

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'ROOM', 'Target', 'same', 'MaskTarget', 'SemanticTarget', 'ClassesTarget', 'DepthTarget', 'MotionTarget',
-           'InstanceTarget', 'clusters', 'fg_ari', 'f50', 'find_target', 'ManyOutputs', 'TargetProbe', 'first_head',
-           'mean_score', 'TargetStack', 'TargetHead', 'fit_target']
+           'InstanceTarget', 'clusters', 'fg_ari', 'f50', 'find_target', 'ManyOutputs', 'TargetProbe', 'TargetStack',
+           'TargetHead', 'fit_target']
 
 # %% ../../nbs/5_probing/07_targets.ipynb #8a21c4dc
 import copy, math, warnings
@@ -23,7 +23,7 @@ from .heads import HEADS, Head, LocalLinear7Head, LocalLinearHead, PriorHead, ma
 from .many import Stack, fit_stack
 from .metrics import iou_per_image
 from ..identity import Unidentified, identify
-from .probe import OPTIMIZERS, SCHEDULES, Standardizer, check_recipe, converged, recipe_for
+from .probe import OPTIMIZERS, SCHEDULES, Standardizer, check_recipe, check_same, converged, recipe_for
 
 # %% ../../nbs/5_probing/07_targets.ipynb #7052dd62
 class Target:
@@ -136,7 +136,7 @@ class ClassesTarget(SemanticTarget):
 
     def __init__(self, names):
         names = [name.strip() for name in names]
-        if not all(names) or len(set(names)) < len(names): raise ValueError(f"target: {','.join(names)!r}; expected different names of classes, as in classes:robot,cup")
+        if not all(names) or len({"none", *names}) <= len(names): raise ValueError(f"target: {','.join(names)!r}; expected different names of classes (none is kept for no class), as in classes:robot,cup")
         self.name, self.classes, self.outputs = f"classes:{','.join(names)}", ("none", *names), 1 + len(names)
 
     def truth(self, labelled):
@@ -320,7 +320,7 @@ class TargetProbe:
 
     def __init__(self, target, head, standardize, recipe, shift=0., scale=1.):
         self.target, self.head, self.standardize, self.recipe = target, head.eval(), standardize, recipe
-        self.shift, self.scale, self.history, self.epoch, self.val_score = shift, scale, [], 0, float("nan")
+        self.shift, self.scale, self.history, self.epoch, self.val_score, self.val_loss = shift, scale, [], 0, float("nan"), float("nan")
 
     def outputs(self, maps):
         "Standardised maps -> raw outputs (B,outputs,H,W) in the target's own units."
@@ -337,14 +337,14 @@ class TargetProbe:
         if known and given and known != given: raise ValueError(f"this probe was fitted to features of another encoder ({known}) than these, {features.tap} ({given})")
         self.head.eval()
         parts = [features.take(slice(start, start + batch)).as_2d() for start in range(0, len(features), batch)]
-        return np.concatenate([self.target.decode(self.outputs(self.standardize([m.float() for m in maps]))) for maps in parts])
+        return np.concatenate([self.target.decode(self.outputs(self.standardize([m.float().cpu() for m in maps]))) for maps in parts])
 
     def measure(self, features, labelled) -> dict:
         "Score name -> (N,) of labelled frames (a LabelledFrames)."
         return self.target.measure(self.predict(features), self.target.truth(labelled))
 
 # %% ../../nbs/5_probing/07_targets.ipynb #ea487558
-def first_head(target, maps, truth, recipe):
+def _first_head(target, maps, truth, recipe):
     "The head that every candidate starts from."
     with torch.random.fork_rng():
         torch.manual_seed(recipe["seed"])
@@ -355,7 +355,7 @@ def first_head(target, maps, truth, recipe):
     return head
 
 
-def mean_score(target, raw, truth) -> float:
+def _mean_score(target, raw, truth) -> float:
     "The main score of raw outputs (N,outputs,H,W), in the target's own units; the worst there is when no picture can be scored."
     values = target.measure(target.decode(raw), truth)[target.main]
     return float(np.nanmean(values)) if np.isfinite(values).any() else (-np.inf if target.higher else np.inf)
@@ -408,7 +408,7 @@ class TargetStack(Stack):
         "How well each probe does."
         raw = self.own(torch.cat([self.raw([m[i:i + 10] for m in maps])[0] for i in range(0, len(truth), 10)], 1))
         found = dict(val_loss=self.losses(raw, truth))
-        return found if self.target.slow else found | dict(val_score=[mean_score(self.target, one, truth) for one in raw])
+        return found if self.target.slow else found | dict(val_score=[_mean_score(self.target, one, truth) for one in raw])
 
     @torch.no_grad()
     def give(self, head, parameters):
@@ -449,23 +449,24 @@ class TargetHead:
         self.head.eval()
         raw = torch.cat([self.outputs([m[i:i + 50] for m in maps]) for i in range(0, len(truth), 50)])
         found = dict(val_loss=self.target.loss(raw, truth)[None])
-        return found if self.target.slow else found | dict(val_score=[mean_score(self.target, raw, truth)])
+        return found if self.target.slow else found | dict(val_score=[_mean_score(self.target, raw, truth)])
 
 # %% ../../nbs/5_probing/07_targets.ipynb #8eff1472
 def _fit(target, standardize, data, units, recipe, pairs, stack, head) -> list:
     "A TargetProbe for each pair of a learning rate and a weight decay in the stack; each with its best epoch."
     maps, truth, val_maps, val_truth = data
     sign, generator = 1 if target.higher else -1, torch.Generator().manual_seed(recipe["seed"])
-    merit = lambda record: sign * record["val_score"] if "val_score" in record else -record["val_loss"]
+    merit = lambda record: (sign * record.get("val_score", 0.), -record["val_loss"])  # the loss decides between equal scores, and where nothing can be scored
     probes = []
     for (rate, decay), found in zip(pairs, fit_stack(stack, maps, truth, val_maps, val_truth, recipe["epochs"], recipe["batch"], SCHEDULES["cosine"], generator, merit)):
         own = copy.deepcopy(head)
         stack.give(own, found["parameters"])
         probe = TargetProbe(target, own, standardize, recipe | dict(lr=rate, weight_decay=decay), *units)
         probe.history, probe.epoch = found["history"], found["epoch"]
-        probe.val_score = [found["start"], *found["history"]][found["epoch"]].get("val_score")
+        chosen = [found["start"], *found["history"]][found["epoch"]]
+        probe.val_score, probe.val_loss = chosen.get("val_score"), chosen["val_loss"]
         if probe.val_score is None:
-            with torch.no_grad(): probe.val_score = mean_score(target, torch.cat([probe.outputs([m[i:i + 50] for m in val_maps]) for i in range(0, len(val_truth), 50)]), val_truth)
+            with torch.no_grad(): probe.val_score = _mean_score(target, torch.cat([probe.outputs([m[i:i + 50] for m in val_maps]) for i in range(0, len(val_truth), 50)]), val_truth)
         probes.append(probe)
     return probes
 
@@ -475,7 +476,7 @@ ROOM = 2**27  # raw outputs of all candidates at a time
 
 def _fit_together(target, standardize, data, units, recipe, pairs) -> list:
     "All candidates of a local linear head, from batches that they share; as many at a time as fit into half a gigabyte."
-    head, size = first_head(target, *data[:2], recipe), data[1].shape[-2:]
+    head, size = _first_head(target, *data[:2], recipe), data[1].shape[-2:]
     count = max(1, ROOM // (target.outputs * max(recipe["batch"], len(data[3])) * math.prod(size)))
     groups = [pairs[i:i + count] for i in range(0, len(pairs), count)]
     return [probe for some in groups for probe in _fit(target, standardize, data, units, recipe, some, TargetStack(target, units, head, *zip(*some), size), head)]
@@ -483,7 +484,7 @@ def _fit_together(target, standardize, data, units, recipe, pairs) -> list:
 
 def _fit_each(target, standardize, data, units, recipe, pairs) -> list:
     "Candidates of any head, one after the other."
-    heads = [first_head(target, *data[:2], recipe) for _ in pairs]
+    heads = [_first_head(target, *data[:2], recipe) for _ in pairs]
     return [_fit(target, standardize, data, units, recipe, [pair], TargetHead(target, units, head, *pair), head)[0] for pair, head in zip(pairs, heads)]
 
 # %% ../../nbs/5_probing/07_targets.ipynb #6f725fe0
@@ -506,12 +507,13 @@ def fit_target(
     if head not in HEADS or head in ("all", "prior"): raise ValueError(f"head: {head!r} cannot learn a target{did_you_mean(head, [h for h in HEADS if h not in ('all', 'prior')])}")
     for what, maps, frames in (("", features, labelled), ("validation ", *val)):
         if len(maps) != len(frames): raise ValueError(f"{len(frames)} {what}labels for {len(maps)} frames; expected one each")
+    check_same(features, val[0])
     truth, val_truth, shapes = target.truth(labelled), target.truth(val[1]), map_shapes(features)
     check_recipe(lr, weight_decay, epochs, batch)
     usual = recipe_for(head, shapes)
     several = lambda value, default: default if value is None else tuple(value) if isinstance(value, (tuple, list)) else (value,)
     settings = dict(epochs=usual.epochs if epochs is None else epochs, batch=batch or usual.batch or 16, options=usual.options | (head_options or {}))
-    maps, val_maps = ([m.float() for m in each.as_2d()] for each in (features, val[0]))
+    maps, val_maps = ([m.float().cpu() for m in each.as_2d()] for each in (features, val[0]))
     for what, each in (("", maps), ("validation ", val_maps)):
         if not all(m.isfinite().all() for m in each): raise ValueError(f"the {what}features hold NaN or infinite values: nothing can be fitted to them")
     standardize = Standardizer(maps)
@@ -519,7 +521,9 @@ def fit_target(
     recipe = dict(target=target.name, head=head, shapes=shapes, size=list(truth.shape[-2:]), fingerprint=features.fingerprint, seed=seed, **settings)
     pairs, fit = list(product(several(lr, usual.lr), several(weight_decay, usual.weight_decay))), _fit_together if HEADS[head] in (LocalLinearHead, LocalLinear7Head) else _fit_each
     probes = [probe for around, units in _units(target, truth).items() for probe in fit(target, standardize, data, units, recipe | dict(around=around), pairs)]
-    return max(converged(probes), key=lambda probe: probe.val_score * (1 if target.higher else -1))
+    best = max(converged(probes), key=lambda probe: (probe.val_score * (1 if target.higher else -1), -probe.val_loss))
+    if not np.isfinite(best.val_score): warnings.warn(f"target {target.name!r}: no validation frame can be scored; learning rate and epoch are chosen by validation loss", stacklevel=2)
+    return best
 
 
 def _units(target, truth) -> dict:

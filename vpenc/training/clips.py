@@ -96,7 +96,8 @@ def encode_clips(
     workers: int | None = None,  # processes that read ahead; default: none on a CPU, up to 8 for a GPU
 ) -> Codes:
     "The codes of all windows; the processes share the work."
-    key = digest(*vqvae.state_dict().values(), str(clips.store.path), clips.split, clips.length, clips.jitter, clips.seed, len(clips))
+    some = clips.load(range(0, len(clips), max(1, len(clips) // 8)))  # a file of the same name may hold other clips
+    key = digest(*vqvae.state_dict().values(), str(clips.store.path), clips.split, clips.length, clips.jitter, clips.seed, len(clips), some)
     firsts = range(0, len(clips), PART)
     files = [Path(folder)/f"{clips.split}-{key}-{first // PART:05d}.npy" for first in firsts]
     dtype = np.int16 if vqvae.config.n_codes <= 2**15 else np.int32

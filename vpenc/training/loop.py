@@ -280,6 +280,7 @@ class Stage:
     count: int  # windows of training clips
     pictures: callable = lambda log, step, final: None  # called after a validation, at most every 15 seconds and at the end
     reported: callable = lambda: None  # called after each checkpoint
+    key: str = ""  # tells data and objective, where nothing else keeps them apart; a checkpoint of another key or plan is refused
 
     @property
     def parameters(self): return [p for p in self.modules.parameters() if p.requires_grad]
@@ -373,11 +374,12 @@ class Run:
         self.average = AverageWeights(stage.modules, plan.average) if plan.average else None
         self.step, self.minutes, self.done, self.sums, self.summed = 0, 0., False, {}, 0
         self.drawn = -math.inf  # when pictures were last drawn
+        self.made = [stage.key, repr(plan)] if stage.key else []
         if self.path.exists(): self._load()
 
     def save(self):
         "Write the checkpoint under a temporary name and rename it."
-        state = dict(modules=self.stage.modules.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step,
+        state = dict(modules=self.stage.modules.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step, made=self.made,
                      minutes=self.minutes, done=self.done, sums={k: float(v) for k, v in self.sums.items()}, summed=self.summed)
         if self.average: state["average"] = self.average.state_dict()
         with atomic(self.path) as temporary: torch.save(state, temporary)
@@ -385,6 +387,9 @@ class Run:
     def _load(self):
         try: state = torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as error: raise ValueError(f"{self.path}: not a readable checkpoint ({error})") from None
+        if (made := state.get("made") or self.made) != self.made:
+            what = "other data or another objective" if made[0] != self.made[0] else f"another plan, {made[1]}"
+            raise ValueError(f"{self.path}: a checkpoint of {what}; choose another folder to train anew")
         self.stage.modules.load_state_dict(state["modules"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average: self.average.load_state_dict(state["average"])

@@ -7,13 +7,14 @@ __all__ = ['OBJECTIVES', 'StillClips', 'train_resnet', 'train_masked', 'last_sta
 
 # %% ../../nbs/3_training/08_objectives.ipynb #38201a51
 import types
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..files import did_you_mean
+from ..files import did_you_mean, digest
 from .clips import Clips, CodeData, centred_frames
 from .magvit import CodePairs, commit_stage
 from .videogpt import ParallelHead, parallel_stage, validate_codes
@@ -53,8 +54,16 @@ def train_resnet(
     with seeded(plan.seed, 4): head = _head(objective, config, vqvae).to(team.device)
     if objective == "labels": stage = _labels_stage(resnet, resnet, head, frames, masks)
     else: stage = _codes_stage(objective, resnet, head, store, vqvae, out, team)
+    stage = replace(stage, key=_key(objective, config, vqvae, store, frames, masks))
     run_stage(stage, plan, out, team=team, workers=usual_workers(team.device))
     return resnet.eval().requires_grad_(False)
+
+
+def _key(objective, config, tokens, store, frames, masks) -> str:
+    "16 hex digits over what is learned from what."
+    if objective == "labels": return digest(objective, repr(config), np.asarray(frames), np.asarray(masks))
+    clips = [store.clip("train", i) for i in (0, store.count("train") - 1)]
+    return digest(objective, repr(config), *tokens.state_dict().values(), store.count("train"), *clips)
 
 
 def _check(objective, needed, clips):
@@ -121,6 +130,7 @@ def train_masked(
         train, test = (CodePairs(magvit.vq, kind(store, split, length, limit=limit), out, team) for split, limit in (("train", None), ("test", 24)))
         magvit.transformer.requires_grad_(True)
         stage = commit_stage(magvit, train, test)
+    stage = replace(stage, key=_key(objective, config, vq, store, frames, masks))
     run_stage(stage, plan, out, team=team, workers=usual_workers(team.device))
     return magvit.eval().requires_grad_(False)
 
