@@ -1,7 +1,6 @@
 """Things that are easily mixed up: results of two models, labels of two files, clips made anew under an old name. Each is told apart, or refused in one line."""
 import copy
 import json
-import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -130,6 +129,14 @@ def test_seeds_of_two_models_are_not_averaged(tmp_path):
     with pytest.raises(ValueError, match="one.json and two.json are seeds of one row, but of models with other weights"):
         collect(folder_of(tmp_path / "a", result("one", .9), result("two", .1, seed=1, digest="bbbb")))
     assert collect(folder_of(tmp_path / "b", result("one", .9), result("two", .1, seed=1))).iou.tolist() == pytest.approx([.5])
+
+
+def test_two_label_files_of_one_name_have_two_tables(tmp_path):
+    from vpenc.experiments.results import collect, table
+    one, two = result("one", .9), result("two", .2)
+    two["data"] = two["data"] | dict(fingerprint="g")
+    lines = table(collect(folder_of(tmp_path / "a", one, two)))
+    assert dict(zip(lines.dataset, lines.iou)) == pytest.approx({"d (f)": .9, "d (g)": .2})
 
 
 def test_a_table_shows_rows_beside_targets(tmp_path, capsys):
@@ -280,10 +287,3 @@ def test_a_checkpoint_keeps_to_its_objective_data_and_plan(tmp_path, tokenizer):
     store = clips_at(tmp_path / "clips.h5", 0)
     train_resnet("future", config, plan, tmp_path / "codes", store, tokenizer)
     with pytest.raises(ValueError, match="a checkpoint of other data or another objective"): train_resnet("still", config, plan, tmp_path / "codes", store, tokenizer)
-
-
-def test_ties_of_a_table_do_not_warn(tmp_path):
-    from vpenc.experiments.tasks import task_table
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        task_table(frame_of(tmp_path / "a", task("m", .3, floor=.5), task("p", .4, floor=.5, encoder="pixels")))

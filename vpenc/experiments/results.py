@@ -145,8 +145,9 @@ def table(
 ):
     "A DataFrame with one line per printed row: the two protocols side by side, floor, gain and its paired interval."
     import pandas as pd
-    several = df.weights.nunique() > 1  # one model for all rows is named in the caption alone
-    df = df.assign(variant=[variant(row, several) for _, row in df.iterrows()])
+    several, files = df.weights.nunique() > 1, df.groupby("dataset").fingerprint.nunique()  # one model for all rows is named in the caption alone
+    df = df.assign(variant=[variant(row, several) for _, row in df.iterrows()],
+                   dataset=[f"{row.dataset} ({row.fingerprint})" if files[row.dataset] > 1 else row.dataset for _, row in df.iterrows()])  # two files of one name
     keys = ["dataset", "fingerprint", "encoder", "head", "finetune", "variant", "weights"]
     lines = [_line(dict(zip(keys[:-1], key)), *pair, df) for key, rows in df.groupby(keys, sort=False) for pair in _pairs(rows)]
     most = max((line["scored"] for line in lines if "iou" in line), default=0)
