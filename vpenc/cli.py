@@ -259,7 +259,7 @@ def predict(args):
     if args.threshold is not None and not 0 <= args.threshold <= 1: raise ValueError(f"--threshold: {args.threshold:g} is no probability; expected a number from 0 to 1")
     predictor = Predictor(_existing(args.probe))
     if predictor.target and args.threshold is not None: raise ValueError(f"--threshold: a probe of target {predictor.target.name!r} gives answers, not probabilities; leave it out")
-    frames, names = read_pictures(_existing(args.source), size=predictor.size[0])
+    frames, names = read_pictures(_existing(args.source), size=predictor.size[0] if predictor.size[0] == predictor.size[1] else None)  # others are not cropped
     probability = predictor(frames)  # (N,H,W), or a target's answers
     if predictor.target and predictor.target.name != "mask": return save_answers(predictor.target, probability, file_names(names), Path(args.out), args.overwrite)
     masks = probability >= (predictor.threshold if args.threshold is None else args.threshold)

@@ -103,6 +103,16 @@ def _uses(codes) -> tuple:
     return read, written
 
 
+def _names_in(code) -> set:
+    "Names of attributes and globals in a code object and in those inside it."
+    return set(code.co_names).union(*(_names_in(each) for each in code.co_consts if isinstance(each, types.CodeType)))
+
+
+def _mangled(owner, name) -> str:
+    "The attribute behind a slot: a private one has its class before it."
+    return f"_{owner.__name__.lstrip('_')}{name}" if name.startswith("__") and not name.endswith("__") else name
+
+
 def _written_only(codes) -> set:
     "Names that the code objects store to and never take a value from."
     read, written = _uses(codes)
@@ -262,24 +272,30 @@ class _Reader:
         if self.read_names is None or foreign: return set()
         own = [each for c in value.__mro__ if not is_installed(c.__module__) for each in vars(c).values()]
         functions = [getattr(each, "__func__", each) for each in own]
-        return _written_only([each.__code__ for each in functions if isinstance(each, types.FunctionType) and each.__name__ != "__init__"]) - self.read_names
+        codes = [each.__code__ for each in functions if isinstance(each, types.FunctionType)]
+        if any({"getattr", "vars", "__dict__", "attrgetter"} & _names_in(code) for code in codes): return set()  # may be read by a name that is made up
+        return _written_only([code for code in codes if code.co_name != "__init__"]) - self.read_names
 
     def instance(self, value, where):
         "Class and attributes; refused where there are none to be seen."
         if getattr(type(value), "__module__", "") == "torch._ops": return ["torch op", str(value)]
-        slots = {name for c in type(value).__mro__ for name in np.atleast_1d(vars(c).get("__slots__", ())).tolist()} - {"__dict__", "__weakref__"}
+        slots = {_mangled(c, name) for c in type(value).__mro__ for name in np.atleast_1d(vars(c).get("__slots__", ())).tolist()} - {"__dict__", "__weakref__"}
         if not hasattr(value, "__dict__") and not slots and type(value) is not object:
             raise Unidentified(f"{where or 'it'} is a {type(value).__module__}.{type(value).__qualname__}, whose state cannot be read")
+        base = next((each for each in (str, int, float, complex, bytes) if isinstance(value, each)), None)
+        plain = [base.__name__, base.__repr__(value)] if base else []  # of a subclass of one of Python's own: what it adds its attributes to
+        in_c = [c for c in type(value).__mro__ if c is not object and "__new__" in vars(c) and not isinstance(vars(c)["__new__"], staticmethod)]
+        if in_c and not plain and type(value) is not types.SimpleNamespace:
+            raise Unidentified(f"{where or 'it'} is a {type(value).__module__}.{type(value).__qualname__}, which keeps its state in C")
         idle = self.idle(type(value))
         state = getattr(value, "__dict__", {}) | {name: getattr(value, name) for name in slots if hasattr(value, name)}
-        return ["object", self.read(type(value), where), self.attributes([(k, v) for k, v in state.items() if k not in idle], where)]
+        return ["object", self.read(type(value), where), self.attributes([(k, v) for k, v in state.items() if k not in idle], where), *plain]
 
     def module(self, value, where, weights=True):
         "A network: class, attributes, mode, hooks and submodules; its tensors too, unless somebody else looks at those."
         if isinstance(value, torch.jit.ScriptModule): raise Unidentified(f"{where or 'it'} is TorchScript, whose code lies in C")
         idle = self.idle(type(value)) | set(getattr(type(value), "not_identity", ()))
-        plain = [(name, each) for name, each in vars(value).items() if name not in idle and name not in _INNER and not name.endswith("_hooks")
-                 and "_hooks_" not in name]
+        plain = [(name, each) for name, each in vars(value).items() if name not in idle and name not in _INNER and name not in _HOOKED]
         hooks = [(name, hook) for name in HOOKS for hook in vars(value).get(name, {}).values()
                  if not str(getattr(hook, "__module__", "")).startswith("vpenc.")]  # vpenc's own only watch
         tensors = [[name, self.numbers(each, where) if weights and each is not None else each is None]
@@ -303,6 +319,7 @@ class _Reader:
                (list, tuple): sequence, (set, frozenset): unordered, (dict, types.MappingProxyType): mapping}
 
 
+_HOOKED = {name for name in vars(nn.Module()) if "hook" in name}  # what every network keeps of hooks; those that change an output are read by themselves
 _INNER = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training", "_is_full_backward_hook"}
 
 

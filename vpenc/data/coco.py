@@ -306,6 +306,7 @@ def save_coco(
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()): raise FileExistsError(f"{folder}: is not empty; choose a new folder")
     names = dict(val="valid")  # as Roboflow says
+    if {"val", "valid"} <= labels.counts.keys(): raise ValueError(f"{labels.name}: has parts 'val' and 'valid', which would share a folder; rename one")
     for part in progress(labels.counts, desc=f"{folder}"):
         images, annotations, target = [], [], folder/names.get(part, part)
         for i in np.flatnonzero(labels.split == part).tolist():

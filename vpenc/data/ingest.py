@@ -155,9 +155,13 @@ def _length(video) -> int:
         with av.open(str(file)) as film: return sum(packet.pts is not None for packet in film.demux(film.streams.video[0]))
     except (av.error.FFmpegError, IndexError): return 0
 
-@functools.lru_cache(1)
 def _array(file):
     "The array of a .npy or .npz file: its `video` or `frames`, or its only one."
+    about = os.stat(file)
+    return _array_of(file, (about.st_mtime_ns, about.st_size, about.st_ino))
+
+@functools.lru_cache(1)
+def _array_of(file, version):
     try: loaded = np.load(file, mmap_mode='r', allow_pickle=False)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error: raise ValueError(f'cannot read arrays of {file}: {error}') from None
     if isinstance(loaded, np.ndarray): return loaded

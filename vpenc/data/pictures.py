@@ -55,7 +55,7 @@ def even_steps(
     "Numbers of the frames to show in equal steps of the median duration; each frame once where the rate is constant."
     times = np.asarray(times, float)
     shown = np.diff(np.append(times, end) if end else times)
-    step = np.median(shown) if len(shown) else 0
+    step = np.quantile(shown, .5, method='lower') if len(shown) else 0  # a duration that there is: between two of them lies none
     if step <= 0 or np.abs(shown - step).max() <= .3 * step: return np.arange(len(times))  # timestamps are rounded
     last = end if end else times[-1] + step
     return np.searchsorted(times, np.arange(times[0] + .01 * step, last, step), 'right') - 1

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .video import ClipStore, write_clips
+from ..files import digest
 
 # %% ../../nbs/1_data/08_shards.ipynb #bb639d21
 class ShardedClips(ClipStore):
@@ -110,7 +111,8 @@ def write_shards(
 ) -> ShardedClips:
     "Distribute a store's trajectories, with all fields and the noise setting, over files of about equal size."
     folder, total = Path(folder), sum(store.count(s) for s in store.splits)
-    shards = max(1, round(total / clips))
+    shards, made = max(1, round(total / clips)), []
+    source = digest(*(x for s in store.splits if store.count(s) for x in (s, store.count(s), store.clip(s, 0), store.clip(s, store.count(s) - 1))))
 
     def records(split, shard):
         for i in range(shard, store.count(split), shards):
@@ -118,13 +120,18 @@ def write_shards(
             yield dict(fields, video=store.field(split, "data", i), trajectory=store.trajectory(split, i))
 
     for shard in range(shards):
-        path = folder/f"clips-{shard:05d}.h5"
+        path, about = folder/f"clips-{shard:05d}.h5", dict(shard=f"{shard + 1} of {shards}", source=source)
+        made.append(path)
         held = {split: range(shard, store.count(split), shards) for split in store.splits}
         frames = {split: sum(store.length(split, i) for i in numbers) for split, numbers in held.items() if numbers}
-        if path.exists(): continue
-        write_clips(path, {split: records(split, shard) for split in frames}, store.attrs,
+        if path.exists():
+            there = ClipStore(path).attrs
+            if "source" in there and any(str(there.get(name)) != value for name, value in about.items()):
+                raise ValueError(f"{path}: is shard {there['shard']} of other clips, or of another number of shards; choose an empty folder")
+            continue
+        write_clips(path, {split: records(split, shard) for split in frames}, dict(store.attrs) | about,
                     frames=None if compress else frames)
-    return ShardedClips(folder)
+    return ShardedClips(made)
 
 # %% ../../nbs/1_data/08_shards.ipynb #7129059e
 class SimulatedClips(ClipStore):
@@ -196,4 +203,4 @@ def generate_shards(
         n = min(per_shard, clips - k * per_shard)
         n_test = max(1, round(n * test_share)) if n > 1 else 0
         generate_clips(folder/f"clips-{k:05d}.h5", n - n_test, n_test, dataclasses.replace(config, seed=config.seed + k), processes)
-    return ShardedClips(folder)
+    return ShardedClips([path for k in range(shards) if (path := folder/f"clips-{k:05d}.h5").exists()])

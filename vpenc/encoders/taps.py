@@ -7,10 +7,10 @@ __all__ = ['VQVAE_TAPS', 'VIDEOGPT_TAPS', 'ENCODERS', 'FAMILIES', 'LIBRARIES', '
            'Encoder', 'prepare', 'wrap', 'read_identity', 'identity', 'last_number', 'stamp', 'ModuleEncoder',
            'PixelsEncoder', 'PositionEncoder', 'frame_generators', 'sums', 'moments', 'NoiseEncoder', 'StillPass',
            'sample_codes', 'TapEncoder', 'VideoGPTEncoder', 'VQVAEEncoder', 'fresh', 'randomise', 'encoder_class',
-           'known_taps', 'tap_names', 'saved_as', 'build', 'load_encoder', 'tap_all', 'save_encoder']
+           'known_taps', 'tap_names', 'saved_as', 'saved_beside', 'build', 'load_encoder', 'tap_all', 'save_encoder']
 
 # %% ../../nbs/4_encoders/01_taps.ipynb #380ab68c
-import copy, math, re, secrets
+import copy, math, re, secrets, warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import import_module
@@ -154,7 +154,8 @@ def prepare(self: Encoder, frames):
     if self.size and (height, width) != self.size:
         raise ValueError(f"frames are {height}x{width}: {self.tap} takes {self.size[0]}x{self.size[1]}; "
                          "vpenc.data.video.resize_crop resizes")
-    return convert_range(frames.to(self.device), "unit", self.value_range).to(self.number)
+    given, frames = frames, convert_range(frames.to(self.device), "unit", self.value_range).to(self.number)
+    return frames.clone() if frames.data_ptr() == given.data_ptr() else frames  # a network that works in place changes nothing of the caller's
 
 
 def wrap(self: Encoder, maps, frames, output) -> FeatureMap:
@@ -224,10 +225,15 @@ class ModuleEncoder(Encoder):
     def __init__(self, tap=None, weights=None, **options):
         super().__init__(**options)
         self.model, self.output = copy.deepcopy(weights), tap or type(weights).__name__
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None for m in self.model.modules()):
+            warnings.warn(f"{self.output}: a BatchNorm without running statistics mixes the frames of a batch; features depend on which frames are encoded together", stacklevel=3)
 
     def compute(self, frames):
         maps = self.model(frames)
-        maps = list(maps) if isinstance(maps, (list, tuple)) else [maps]
+        maps = [each.clone() for each in (maps if isinstance(maps, (list, tuple)) else [maps])]  # a network may write into the same memory again
+        rows, columns = (pixels / cells for pixels, cells in zip(frames.shape[-2:], maps[-1].shape[-2:]))
+        if max(rows, columns) > 1.15 * min(rows, columns):
+            warnings.warn(f"{self.output}: a map of {tuple(maps[-1].shape[-2:])} cells for frames of {tuple(frames.shape[-2:])}; expected (B,C,H,W) maps of the frames' proportions (channels last? permute them)", stacklevel=2)
         return [each[:, None] if each.dim() == 4 else each for each in maps]
 
 # %% ../../nbs/4_encoders/01_taps.ipynb #c6fc1ebe
@@ -565,6 +571,12 @@ def saved_as(path) -> dict:
     return saved
 
 
+def saved_beside(weights) -> dict:
+    "The same of a model that is given by name or path; {} where there is none here."
+    try: return saved_as(find_model(weights)) if isinstance(weights, (str, Path)) else {}
+    except (FileNotFoundError, ValueError): return {}
+
+
 def build(name, tap, weights, **options) -> Encoder:
     "The encoder of a name, a path or a module; see `load_encoder`."
     if isinstance(name, nn.Module):
@@ -578,7 +590,10 @@ def build(name, tap, weights, **options) -> Encoder:
     if family in ENCODERS:
         own, model = encoder_class(family).parse(rest)
         if own and tap: raise ValueError(f"encoder {name!r} names a tap already; got tap={tap!r} as well")
-        return encoder_class(family)(tap or own, model or weights, **options)
+        saved = saved_beside(weights) if family in FAMILIES.values() and not model else {}
+        encoder = encoder_class(family)(tap or own, model or weights, **{name: saved[name] for name in ("value_range", "seed") if saved} | options)
+        if saved: encoder.origin = saved["origin"]
+        return encoder
     try: path = find_model(name)
     except FileNotFoundError as error:
         if "/" in name: raise ValueError(str(error)) from None
@@ -588,7 +603,7 @@ def build(name, tap, weights, **options) -> Encoder:
     if str(tap).startswith("vqvae:"): own = "vqvae"
     elif own == "vqvae": own = "videogpt"  # whose encoder takes a VQ-VAE as it is
     encoder = encoder_class(own)(tap or saved.get("tap"), path, **options)
-    if saved and not tap: encoder.origin = saved["origin"]
+    if saved: encoder.origin = saved["origin"]
     return encoder
 
 

@@ -687,6 +687,7 @@ class Predictor:
             raise ValueError(f"{folder}: this probe was fitted to a model of other weights ({row['model']}) than {row['weights']} holds now ({found})")
 
     def __call__(self, frames):
+        if np.shape(frames)[1:3] != self.size: raise ValueError(f"frames have shape {np.shape(frames)}; this probe takes (N,{self.size[0]},{self.size[1]},3)")
         parts = [frames[indices] for indices in blocks(np.arange(len(frames)))]
         inputs = parts if self.tuned else map(self.encoder, parts)
         return np.concatenate([np.asarray(self.probe.predict(each)) for each in inputs])

@@ -40,7 +40,8 @@ def _source(grid) -> str:
 
 
 def _expand(row: dict) -> list[dict]:
-    "All combinations of the values that are lists."
+    "All combinations of the values that are lists. ValueError for an empty one."
+    if empty := [name for name, value in row.items() if value == []]: raise ValueError(f"{empty[0]}: an empty list; expected at least one value")
     options = [value if isinstance(value, list) else [value] for value in row.values()]
     return [dict(zip(row, values)) for values in itertools.product(*options)]
 
@@ -197,7 +198,7 @@ def execute(
     from papermill.exceptions import PapermillExecutionError
     running = job.folder/".running"/f"{job.name}.ipynb"
     running.parent.mkdir(parents=True, exist_ok=True)
-    job.result.unlink(missing_ok=True)  # from an earlier, different run
+    for old in (job.notebook, job.result): old.unlink(missing_ok=True)  # of an earlier, different run; the signed notebook first, since it vouches for the result
     reason = ""
     try:
         run_notebook(notebook, running, job.parameters, forks)

@@ -520,4 +520,5 @@ def convert(
     card = (f"---\nlibrary_name: vpenc\n---\n# {Path(folder).name}\n\n{kind}, {total:,} parameters in {dtype}, converted from "
             f"`{path.name}`{f' (SHA-256 {file_sha256(path)})' if path.is_file() else ''}.\n\n"
             f"Load it with `vpenc.models.checkpoints.from_pretrained(folder)`; input: frames in [{low}, {high}].\n")
-    return save_pretrained(model, folder, card, DTYPES[dtype])
+    encoder = read_json(path/"config.json").get("encoder") if (path/"config.json").is_file() else None  # tap and value range, where an encoder was saved
+    return save_pretrained(model, folder, card, DTYPES[dtype], {"encoder": encoder} if encoder else {})

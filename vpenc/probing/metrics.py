@@ -15,6 +15,7 @@ def _check(probability, masks):
     if probability.shape != masks.shape or masks.ndim != 3:
         raise ValueError(f"predictions are {probability.shape}, masks {masks.shape}; expected equal shapes (N,H,W)")
     if len(masks) == 0: raise ValueError("no masks to score: expected at least one")
+    if not np.isin(masks, (0, 1)).all(): raise ValueError(f"masks hold values from {masks.min():.3g} to {masks.max():.3g}; expected 0 and 1")
     if not np.isfinite(probability).all() or probability.min() < 0 or probability.max() > 1:
         raise ValueError(f"predictions lie in [{probability.min():.3g}, {probability.max():.3g}]; expected probabilities in [0,1] "
                          "(were logits given? apply the sigmoid first)")
@@ -82,10 +83,12 @@ def best_threshold(
     probability,  # (N,H,W) in [0,1]
     masks,  # (N,H,W) bool
 ) -> float:
-    "The threshold (of 0.05, 0.10 .. 0.95) with the best mean IoU; choose it on validation frames."
+    "The threshold (of 0.05, 0.10 .. 0.95) with the best mean IoU, of several that are as good the middle one; choose it on validation frames."
     probability, masks = _check(probability, masks)
     cuts = np.arange(1, 20) / 20
-    return float(cuts[np.argmax([iou_per_image(probability >= cut, masks).mean() for cut in cuts])])
+    iou = np.array([iou_per_image(probability >= cut, masks).mean() for cut in cuts])
+    best = np.flatnonzero(iou >= iou.max() - 1e-9)
+    return float(cuts[best[len(best) // 2]])
 
 
 def is_constant(

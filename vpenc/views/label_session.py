@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files import atomic, did_you_mean, digest, read_json, write_json
-from ..data.masks import LabelledFrames, check_frames, split_by_trajectory, trajectory_ids
+from ..data.masks import LabelledFrames, check_frames, frame_order, split_by_trajectory, trajectory_ids
 
 # %% ../../nbs/7_views/07_label_session.ipynb #30d6b96f
 @dataclass
@@ -66,7 +66,7 @@ def read_footage(
 
 
 def _labelled_footage(labels) -> Footage:
-    return Footage(labels.frames, labels.trajectory, labels.extras.get("frame"), labels, labels.name)
+    return Footage(labels.frames, labels.trajectory, frame_order(labels), labels, labels.name)
 
 
 def _simulated(source, size, clips, every) -> Footage:
@@ -233,9 +233,11 @@ class LabelSession:
 # %% ../../nbs/7_views/07_label_session.ipynb #411cc00e
 def _paint(self: LabelSession, index, ids):
     "Replace the mask of a frame: class numbers (H, W), or a bool mask of the first class. ValueError when it does not fit."
-    ids, before = np.asarray(ids).astype(np.uint8), self.states[index]
-    if ids.shape != self.footage.frames.shape[1:3] or ids.max(initial=0) > len(self.classes):
-        raise ValueError(f"mask {ids.shape} up to {ids.max(initial=0)}; expected {self.footage.frames.shape[1:3]} up to {len(self.classes)}")
+    ids, before = np.asarray(ids), self.states[index]
+    if ids.dtype.kind not in "biu": raise ValueError(f"mask of {ids.dtype}; expected class numbers, or bool (probabilities are to be cut first)")
+    if ids.shape != self.footage.frames.shape[1:3] or ids.min(initial=0) < 0 or ids.max(initial=0) > len(self.classes):
+        raise ValueError(f"mask {ids.shape} from {ids.min(initial=0)} to {ids.max(initial=0)}; expected {self.footage.frames.shape[1:3]} up to {len(self.classes)}")
+    ids = ids.astype(np.uint8)
     if before is not None and np.array_equal(before, ids): return
     self._write(index, ids)
     self._past[index] = [*self._past[index], before][-UNDOS:]
@@ -244,6 +246,7 @@ def _paint(self: LabelSession, index, ids):
 
 def _draw(self: LabelSession, index, mask, name=None):
     "Make a bool mask (H, W) the class `name` of a frame; pixels of other classes are kept."
+    if not np.isin(mask, (0, 1)).all(): raise ValueError(f"mask holds values from {np.min(mask):.3g} to {np.max(mask):.3g}; expected 0 and 1 (probabilities are to be cut first)")
     ids, number = self.ids(index), self.number_of(name)
     ids[ids == number] = 0
     ids[np.asarray(mask, bool) & (ids == 0)] = number

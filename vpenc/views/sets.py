@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..data.masks import frame_order
 from ..files import did_you_mean
 
 # %% ../../nbs/7_views/04_sets.ipynb #14e0e06b
@@ -108,7 +109,9 @@ def from_labels(
     "The labelled frames of each test trajectory as a short video; reference frames from the part 'train'."
     def reader(part):
         ids = np.unique(part.trajectory)
-        of = lambda i, values: values[part.trajectory == ids[i]]
+        place = frame_order(part)
+        order = np.arange(len(part)) if place is None else np.argsort(place, kind="stable")
+        of = lambda i, values: values[order[part.trajectory[order] == ids[i]]]
         return (len(ids), lambda i: (of(i, part.frames), of(i, part.masks)), lambda i: {name: of(i, part.extras[name]) for name in TRUTHS if name in part.extras})
     both = {"train", "test"} <= labels.counts.keys()
     return listed(name, *reader(labels.part("test") if both else labels), reader(labels.part("train")) if both else None)
