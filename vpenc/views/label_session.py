@@ -234,7 +234,7 @@ class LabelSession:
 def _paint(self: LabelSession, index, ids):
     "Replace the mask of a frame: class numbers (H, W), or a bool mask of the first class. ValueError when it does not fit."
     ids, before = np.asarray(ids), self.states[index]
-    if ids.dtype.kind not in "biu": raise ValueError(f"mask of {ids.dtype}; expected class numbers, or bool (probabilities are to be cut first)")
+    if ids.dtype.kind not in "biu" and not (ids.dtype.kind == "f" and (ids == np.floor(ids)).all()): raise ValueError(f"mask of {ids.dtype}; expected class numbers, or bool (probabilities are to be cut first)")
     if ids.shape != self.footage.frames.shape[1:3] or ids.min(initial=0) < 0 or ids.max(initial=0) > len(self.classes):
         raise ValueError(f"mask {ids.shape} from {ids.min(initial=0)} to {ids.max(initial=0)}; expected {self.footage.frames.shape[1:3]} up to {len(self.classes)}")
     ids = ids.astype(np.uint8)
