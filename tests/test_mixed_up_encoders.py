@@ -135,6 +135,16 @@ def test_layers_are_sorted_by_number():
     assert by_depth(sorted(layers)) == layers
 
 
+def test_noise_keeps_to_the_set_it_is_fitted_to():
+    from vpenc.views.explorer import Explorer, ExploreState
+    random = np.random.default_rng(0)
+    dark, bright = ([random.integers(low, low + 60, (3, 16, 16, 3), dtype=np.uint8) for _ in range(2)] for low in (0, 190))
+    explorer = Explorer({"dark": dark, "bright": bright}, {"noise": "noise:pixels"}, device="cpu")
+    for state in (ExploreState(data="dark"), ExploreState(data="bright"), ExploreState(data="dark", trajectory=1)): explorer.panels(state)
+    mean = {key[::2]: float(next(iter(maps.values())).mean()) for key, maps in explorer.maps.items()}  # (set, trajectory)
+    assert mean["dark", 1] == pytest.approx(mean["dark", 0], abs=.05) and mean["bright", 0] > .2 > 0 > mean["dark", 0]
+
+
 # scores
 
 def test_the_best_threshold_is_in_the_middle_of_the_best():

@@ -10,7 +10,7 @@ __all__ = ['STEP', 'KEPT', 'FUTURES', 'TOOLS', 'finish', 'named_maps', 'code_tap
            'futures_panel', 'preparing', 'panels', 'figure', 'code']
 
 # %% ../../nbs/7_views/05_explorer.ipynb #d5f36f19
-import re
+import copy, re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -196,7 +196,10 @@ class Explorer:
         if name not in self.encoders:
             model = self.models[name]
             self.encoders[name] = model if isinstance(model, Encoder) else load_encoder(model, device=self.device)
-        return self.encoders[name]
+        if type(self.encoders[name]).fit is Encoder.fit: return self.encoders[name]
+        own = self.set(state).name, name  # what is fitted to the frames of a set belongs to that set
+        if own not in self.encoders: self.encoders[own] = copy.deepcopy(self.encoders[name])
+        return self.encoders[own]
 
 # %% ../../nbs/7_views/05_explorer.ipynb #9fd9dcf5
 KEPT = 4  # trajectories whose maps are kept
