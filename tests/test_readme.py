@@ -116,11 +116,11 @@ def test_numbers_of_real_frames_come_from_the_run():
     said = " ".join(README.split("**Does it hold on real frames?**")[1].split("**Does the prediction")[0].split())
     stages, random = "videogpt:resnet:stages", "random/videogpt:resnet:stages"
     named = (stages, "linear1x1"), (random, "linear1x1"), ("pixels", "linear7x7"), (stages, "heavy"), (random, "heavy"), ("pixels", "unet")
-    zero = [span(rows[encoder, head, "2", "simulated", "0"]) for encoder, head in named]
-    alone = [span(rows[encoder, head, "2", "real", "1"]) for encoder, head in ((stages, "linear1x1"), ("pixels", "unet"))]
+    zero = [span(rows[encoder, head, "1", "simulated", "0"]) for encoder, head in named]
+    alone = [span(rows[encoder, head, "1", "real", "1"]) for encoder, head in ((stages, "linear1x1"), ("pixels", "unet"))]
     assert re.findall(r"\d\.\d{3} \(\d\.\d{3} to \d\.\d{3}\)", said) == zero + alone
     run = json.loads((REFERENCE / "real/real.json").read_text())
-    assert (run["labels"], run["data"]["frames"], run["data"]["units"]) == (400, 28, 7) and "400 simulated labels" in said and "28 real BAIR frames of 7 trajectories" in said
+    assert (run["labels"], run["data"]["frames"], run["data"]["units"]) == (600, 28, 7) and "600 such simulated labels" in said and "28 real BAIR frames of 7 trajectories" in said
 
 
 def test_numbers_of_common_fate_come_from_the_run():
