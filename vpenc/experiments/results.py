@@ -70,7 +70,8 @@ def _row_key(result) -> tuple:
 
 def _check_model(runs):
     "ValueError when runs of one row are of models with other weights. (Noise is fitted to the frames of its seed.)"
-    models = {} if runs[0]["experiment"]["encoder"].startswith("noise") else {(run.get("frozen") or {}).get("before"): run["path"].name for run in runs}
+    if runs[0]["experiment"]["encoder"].startswith("noise"): return
+    models = {run["frozen"]["before"]: run["path"].name for run in runs if run.get("frozen")}
     if len(models) > 1: raise ValueError(f"{' and '.join(models.values())} are seeds of one row, but of models with other weights: delete those of the model that is no longer there")
 
 # %% ../../nbs/6_experiments/04_results.ipynb #594fb183

@@ -15,7 +15,7 @@ def _check(probability, masks):
     if probability.shape != masks.shape or masks.ndim != 3:
         raise ValueError(f"predictions are {probability.shape}, masks {masks.shape}; expected equal shapes (N,H,W)")
     if len(masks) == 0: raise ValueError("no masks to score: expected at least one")
-    if not np.isin(masks, (0, 1)).all(): raise ValueError(f"masks hold values from {masks.min():.3g} to {masks.max():.3g}; expected 0 and 1")
+    if masks.dtype != bool and not np.isin(masks, (0, 1)).all(): raise ValueError(f"masks hold values from {masks.min():.3g} to {masks.max():.3g}; expected 0 and 1")
     if not np.isfinite(probability).all() or probability.min() < 0 or probability.max() > 1:
         raise ValueError(f"predictions lie in [{probability.min():.3g}, {probability.max():.3g}]; expected probabilities in [0,1] "
                          "(were logits given? apply the sigmoid first)")
