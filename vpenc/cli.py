@@ -529,3 +529,7 @@ def _known(what: str, value: str, known):
     "ValueError with near names when a value is none of the known ones."
     from vpenc.files import did_you_mean
     if value not in known: raise ValueError(f"{what}: unknown {value!r}{did_you_mean(value, known)}")
+
+# %% ../nbs/81_cli.ipynb #7c1e09ab
+#| eval: false
+if __name__ == "__main__": sys.exit(main())  # python -m vpenc.cli
