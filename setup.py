@@ -15,7 +15,7 @@ def requirements(name: str) -> list[str]:
 
 
 extras = {name: requirements(f"{name}_requirements")
-          for name in ("notebook", "cluster", "train", "video", "coco", "hf", "timm", "label", "browser", "docs", "dev")}
+          for name in ("notebook", "cluster", "sweep", "train", "video", "coco", "hf", "timm", "label", "browser", "docs", "dev")}
 extras["notebook"] += extras["label"]
 extras["dev"] += extras["notebook"] + extras["train"] + extras["video"] + extras["coco"]
 

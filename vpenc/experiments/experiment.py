@@ -560,12 +560,16 @@ def result_of(fitted: Fitted) -> dict:
         per_image=[np.round(values, 5).tolist() for values in per_image], images=[i.tolist() for i in scored],
         trajectory=[labelled.trajectory[i].tolist() for i in scored],
         degenerate=any(is_constant(p) for p in fitted.probability), history=[finite(probe.history) for probe in fitted.probes],
+        val_iou=[_or_none(probe.val_iou) for probe in fitted.probes],
         head_parameters=head_parameters(fitted.probes[0].head), versions=versions())
 
 
 def _interval(ends):
     "Low and high, or None where there is no interval (JSON knows no NaN)."
     return None if ends[0] != ends[0] else ends
+
+
+def _or_none(value): return None if value != value else float(value)
 
 
 def finite(history: list) -> list:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'KEPT_MEMORY', 'read_grid', 'find_notebook', 'notebook_parameters', 'check_rows', 'Job', 'make_jobs',
-           'execute', 'next_job', 'Outcome', 'run_jobs', 'kill_kernels', 'run_grid', 'plan_grid', 'report']
+           'execute', 'next_job', 'Outcome', 'run_jobs', 'kill_kernels', 'environment', 'run_grid', 'plan_grid',
+           'report']
 
 # %% ../../nbs/6_experiments/03_runner.ipynb #df17abd3
 import contextlib, functools, itertools, logging, os, re, shutil, sys, threading, time
@@ -193,10 +194,11 @@ def execute(
     notebook: Path,  # the analysis notebook, absolute
     stopped: threading.Event,  # set when the batch is interrupted: then nothing is kept
     forks=None,  # source of kernels, see vpenc.experiments.kernels
+    scratch=".running",  # folder, inside that of the job, of the notebook while it runs
 ) -> str:
     "Run one job; returns an empty string, or the reason of the failure in one line."
     from papermill.exceptions import PapermillExecutionError
-    running = job.folder/".running"/f"{job.name}.ipynb"
+    running = job.folder/scratch/f"{job.name}.ipynb"
     running.parent.mkdir(parents=True, exist_ok=True)
     for old in (job.notebook, job.result): old.unlink(missing_ok=True)  # of an earlier, different run; the signed notebook first, since it vouches for the result
     reason = ""
@@ -246,7 +248,7 @@ def run_jobs(
 ) -> list[Outcome]:
     "Run jobs on `workers` threads. On Ctrl-C all kernels are killed and KeyboardInterrupt is raised."
     pending, running, extracted, outcomes, stopped = list(todo), {}, set(), [], threading.Event()
-    with ThreadPoolExecutor(workers) as pool, _environment(workers), _quiet(), _kernels(todo) as forks, \
+    with ThreadPoolExecutor(workers) as pool, environment(max(1, (os.cpu_count() or 1) // workers)), _quiet(), _kernels(todo) as forks, \
             progress(desc="runs", total=len(todo), unit="run") as bar:
         try:
             while pending or running:
@@ -286,11 +288,10 @@ KEPT_MEMORY = dict(MALLOC_MMAP_THRESHOLD_=str(2**30), MALLOC_TRIM_THRESHOLD_=str
 
 
 @contextlib.contextmanager
-def _environment(workers: int):
-    "Environment of the kernels: their share of the cores, plain progress bars, and large blocks of memory kept (unless it says otherwise)."
-    threads = str(max(1, (os.cpu_count() or 1) // workers))
+def environment(threads: int):
+    "Environment of the kernels: so many cores each, plain progress bars, and large blocks of memory kept (unless it says otherwise)."
     memory = {name: size for name, size in KEPT_MEMORY.items() if name not in os.environ}
-    wanted = memory | dict(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, VPENC_BATCH="1", PYDEVD_DISABLE_FILE_VALIDATION="1")
+    wanted = memory | dict(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), VPENC_BATCH="1", PYDEVD_DISABLE_FILE_VALIDATION="1")
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try: yield
@@ -308,6 +309,7 @@ def run_grid(
     overrides=None,  # parameters for every row, such as dict(labels=25)
     cache=None,  # folder of cached features
     notebook="ablation",  # name or path of the analysis notebook
+    run=run_jobs,  # (jobs, notebook, workers) -> outcomes: here, or on a cluster (`vpenc.experiments.cluster`)
 ) -> list[Outcome]:
     """Run all jobs that are not done; one `Outcome` per row.
 
@@ -320,7 +322,8 @@ def run_grid(
         plan = make_jobs([job.experiment.parameters() for job in plan], folder, cache)  # now with the data
         kept = [Outcome(job, "kept") for job in plan if job.done()]
         shutil.rmtree(folder/".running", ignore_errors=True)  # from a killed runner
-        return kept + run_jobs([job for job in plan if not job.done()], notebook, workers)
+        todo = [job for job in plan if not job.done()]
+        return kept + (run(todo, notebook, workers) if todo else [])
 
 
 def plan_grid(grid, out, seeds="", overrides=None, cache=None, notebook="ablation") -> list[Job]:

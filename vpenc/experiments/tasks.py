@@ -258,7 +258,7 @@ def task_caption(
     learned = df[df.seeds > 0]
     span = lambda values: f"{int(values.min())}" if values.min() == values.max() else f"{int(values.min())} to {int(values.max())}"
     text = (f"{', '.join(dict.fromkeys(df.dataset))}{': simulated stand-in, not BAIR' * bool(df.simulated.any())}. {span(learned.labels)} labels, {span(learned.scored)} scored test frames of {span(learned.units)} "
-            f"trajectories, {span(learned.seeds)} seeds; 95 % intervals over trajectories; learning rate and epoch chosen on validation frames. Gains are paired differences to the best floor of the "
+            f"trajectories, {span(learned.seeds)} seed(s); 95 % intervals over trajectories; learning rate and epoch chosen on validation frames. Gains are paired differences to the best floor of the "
             "target (its own floors, pixels, untrained networks), turned so that more is better.")
     return text + " ‡ fewer than 10 trajectories: the interval is unreliable." * bool((df.units < 10).any())
 
