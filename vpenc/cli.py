@@ -157,9 +157,11 @@ def run(args):
     options = dict(seeds=args.seeds, overrides=given, cache=args.cache)
     if args.grid == "tasks":
         _known_settings(given)
+        _only_here(args)
         return run_targets(args, tasks(**given, **seeds), args.out)
     rows, asked, grid = [] if args.grid in GRIDS else read_grid(args.grid), [], args.grid
     if any("target" in row for row in rows):
+        _only_here(args)
         asked, grid = tasks_of([row | (given | seeds if "target" in row else {}) for row in rows], args.grid)
         if grid: plan_grid(grid, args.out, **options)  # complains before anything starts
     if asked: run_targets(args, asked, Path(args.out)/"tasks")
@@ -176,9 +178,8 @@ def place_of(args):
     "Where rows run: here, or with --cluster there."
     from functools import partial
     from vpenc.experiments.runner import run_jobs
-    if not args.cluster:
-        if args.slurm: raise ValueError("--slurm: only with --cluster slurm")
-        return run_jobs
+    if args.slurm and args.cluster != "slurm": raise ValueError("--slurm: only with --cluster slurm")
+    if not args.cluster: return run_jobs
     from vpenc.experiments.cluster import executor, submit
     asked = dict(map(assignment, args.slurm))
     executor(Path(args.out)/".cluster"/"logs", args.cluster, args.jobs, asked)  # complains before anything is made
@@ -191,6 +192,11 @@ def sweep(args):
     base = dict(encoder=args.encoder, head=args.head) | dict(map(assignment, args.set))
     print(summary(sweep(base, args.out, args.space, args.trials, args.sampler, args.seed, args.confirm, args.jobs, args.cache, run=place_of(args), wandb="vpenc" if args.wandb else None)))
     print(f"{args.out}: sweep.json, sweep.csv, sweep.png; the best row: vpenc run {args.out}/best.json")
+
+
+def _only_here(args):
+    "ValueError when targets are to run on a cluster."
+    if args.cluster: raise ValueError(f"--cluster {args.cluster}: rows that name a target run on this machine only; leave it out")
 
 
 def run_targets(args, grid, out):

@@ -19,7 +19,8 @@ def run_one(
     notebook: Path,  # the analysis notebook, absolute
 ) -> str:
     "Run one job as a task of a cluster, on the cores that it was given; returns an empty string, or the reason of the failure."
-    cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or 0) or len(os.sched_getaffinity(0))
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or own)
     with locked(job.folder/".cluster"/job.name), environment(cores):
         return "" if job.done() else execute(job, notebook, threading.Event(), scratch=".cluster")
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPACE', 'FIXED', 'SAMPLERS', 'BATCH', 'read_space', 'distribution', 'new_study', 'Trial', 'draw', 'Sweep', 'sweep',
-           'score_trials', 'log_trial', 'on_test', 'write_sweep', 'sweep_figure', 'summary']
+           'claim', 'score_trials', 'log_trial', 'on_test', 'write_sweep', 'sweep_figure', 'summary']
 
 # %% ../../nbs/6_experiments/12_sweep.ipynb #76501b35
 import math
@@ -131,13 +131,15 @@ def sweep(
     options = dict(workers=workers, cache=cache, notebook=notebook, run=run)
     row = lambda trial: base | trial.values | dict(name=f"trial-{trial.number:03d}")
     plan_grid([row(Trial(0, {}))], out/"trials", cache=cache, notebook=notebook)  # complains before anything runs
-    done = [Trial(0, {})]
-    score_trials(done, run_grid([row(done[0])], out/"trials", **options), wandb, out)
+    claim(out, dict(base=base, space=space, sampler=sampler, seed=seed))
+    done = []
     while len(done) < trials:
-        some, asked = draw(study, space, len(done), min(trials - len(done), trials if sampler == "random" else BATCH))
-        score_trials(some, run_grid([*map(row, some)], out/"trials", **options), wandb, out)
-        for trial, each in zip(some, asked): study.tell(each, trial.val_iou) if trial.val_iou == trial.val_iou else study.tell(each, state=_failed())
-        done += some
+        first = [] if done else [Trial(0, {})]
+        left = trials - len(done) - len(first)
+        drawn, asked = draw(study, space, len(done) + len(first), left if sampler == "random" else min(left, BATCH))
+        score_trials(first + drawn, run_grid([*map(row, first + drawn)], out/"trials", **options), wandb, out)
+        for trial, each in zip(drawn, asked): study.tell(each, trial.val_iou) if trial.val_iou == trial.val_iou else study.tell(each, state=_failed())
+        done += first + drawn
     best = max((trial for trial in done if trial.val_iou == trial.val_iou), key=lambda trial: trial.val_iou, default=None)
     if best is None: raise ValueError(f"all {len(done)} trials failed, the first with: {done[0].reason}")
     found = Sweep(base, space, done, best)
@@ -147,6 +149,16 @@ def sweep(
     found.test = on_test({name: read_json(out/"test"/f"{name}.json") for name in kinds})
     write_sweep(found, out, sampler, seed)
     return found
+
+
+def claim(out: Path, settings: dict):
+    "Note what a new folder is for; ValueError for one that holds another sweep."
+    import json
+    plain = json.loads(json.dumps(settings))
+    if not (out/"settings.json").exists(): return write_json(out/"settings.json", plain)
+    there = read_json(out/"settings.json")
+    for name, value in plain.items():
+        if there.get(name) != value: raise ValueError(f"{out} holds a sweep with {name} {there.get(name)}, not {value}; choose another folder")
 
 
 def _failed():
