@@ -67,7 +67,7 @@ def test_wheel_is_whole_and_small(tmp_path):
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path, source],
                    check=True)
     (wheel,) = tmp_path.glob("vpenc-*.whl")
-    assert wheel.stat().st_size < 20e6
+    assert wheel.stat().st_size < 25e6
     names = set(zipfile.ZipFile(wheel).namelist())
     needed = {f"vpenc/{name.replace('.', '/')}.py" for name in MODULES} | {"vpenc/py.typed"}
     needed |= {f"vpenc/weights/videogpt-sim/{name}" for name in ("config.json", "model.safetensors", "README.md")}
