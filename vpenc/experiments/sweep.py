@@ -124,6 +124,7 @@ def sweep(
 ) -> Sweep:
     "Draw, run, choose, confirm; called again, it goes on. ValueError for unknown settings, and when all trials fail."
     out, space, study = Path(out), read_space(space), new_study(sampler, seed)
+    if wandb: _wandb()  # complains before anything runs
     if trials < 2: raise ValueError(f"trials: {trials}; expected at least 2, since the first has the default settings")
     if base.get("protocol", "corrected") != "corrected": raise ValueError("protocol: a sweep chooses on validation frames, which protocol 'paper' does not have; leave it at 'corrected'")
     for name in ("seed", "seeds", "name", *space):
@@ -178,12 +179,16 @@ def score_trials(trials: list, outcomes: list, wandb=None, out=None):
         if wandb and outcome.status != "kept": log_trial(trial, outcome.job.experiment, result, wandb, out)
 
 
-def log_trial(trial: Trial, experiment: Experiment, result: dict, project: str, out):
-    "A trial as a run of Weights & Biases: settings, curves of the first seed, validation IoU."
+def _wandb():
     try: import wandb
     except ImportError: raise ImportError("wandb is not installed: pip install wandb, or sweep without --wandb") from None
+    return wandb
+
+
+def log_trial(trial: Trial, experiment: Experiment, result: dict, project: str, out):
+    "A trial as a run of Weights & Biases: settings, curves of the first seed, validation IoU."
     name = f"{Path(out).resolve().name}-{trial.number:03d}"
-    logged = wandb.init(project=project, group=Path(out).resolve().name, name=name, id=name, resume="allow", dir=str(out), config=experiment.parameters(), reinit="finish_previous")
+    logged = _wandb().init(project=project, group=Path(out).resolve().name, name=name, id=name, resume="allow", dir=str(out), config=experiment.parameters(), reinit="finish_previous")
     for record in result.get("history", [[]])[0]: logged.log({key: value for key, value in record.items() if value is not None})
     logged.summary.update(dict(val_iou=trial.val_iou, failed=trial.reason))
     logged.finish(exit_code=int(bool(trial.reason)))
