@@ -16,7 +16,7 @@ import numpy as np
 from ..files import atomic, did_you_mean, read_json, write_json
 from ..probing.metrics import bootstrap_interval, paired_bootstrap
 from .experiment import Experiment, image_means
-from .runner import plan_grid, run_grid, run_jobs
+from .runner import plan_grid, read_settings, run_grid, run_jobs
 
 # %% ../../nbs/6_experiments/12_sweep.ipynb #9d2b366b
 SPACE = dict(
@@ -48,12 +48,8 @@ def read_space(
 
 
 def _space_file(path: Path) -> dict:
-    import tomllib
     if not path.exists(): raise FileNotFoundError(f"{path}: no such file")
-    if path.suffix != ".toml": space = read_json(path)
-    else:
-        try: space = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error: raise ValueError(f"{path} is not valid TOML: {error}") from None
+    space = read_settings(path)
     if not isinstance(space, dict): raise ValueError(f"{path}: settings and their values expected, got a {type(space).__name__}")
     return space
 
