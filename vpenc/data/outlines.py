@@ -132,7 +132,8 @@ def _open(data):
     return picture
 
 # %% ../../nbs/1_data/11_outlines.ipynb #affb487a
-PARTS = dict(train="train", valid="val", validation="val", val="val", test="test")  # folder -> our part; Roboflow says valid
+PARTS = dict(train="train", valid="val", validation="val", val="val", test="test",
+             spare="spare")  # folder -> our part; Roboflow says valid
 
 
 @dataclass

@@ -6,7 +6,7 @@
 __all__ = ['ShardedClips', 'shard_paths', 'open_clips', 'write_shards', 'SimulatedClips', 'generate_shards']
 
 # %% ../../nbs/1_data/08_shards.ipynb #55500405
-import dataclasses, functools, glob, math
+import dataclasses, functools, glob, json, math
 from pathlib import Path
 
 import numpy as np
@@ -109,15 +109,19 @@ def write_shards(
     clips: int = 1000,  # trajectories of each shard, over all splits
     compress: bool = False,
 ) -> ShardedClips:
-    "Distribute a store's trajectories, with all fields and the noise setting, over files of about equal size."
+    """Distribute a store's trajectories, with all fields, over files of about equal size.
+
+    The noise setting goes along, to be applied when read. Shards have a seed of noise each: theirs is written into the pixels.
+    """
     folder, total = Path(folder), sum(store.count(s) for s in store.splits)
     shards, made = max(1, round(total / clips)), []
+    noisy = bool(store.noise) and isinstance(store, ShardedClips)
     source = digest(*(x for s in store.splits if store.count(s) for x in (s, store.count(s), store.clip(s, 0), store.clip(s, store.count(s) - 1))))
 
     def records(split, shard):
         for i in range(shard, store.count(split), shards):
             fields = {name: store.field(split, name, i) for name in store.fields[split]}
-            yield dict(fields, video=store.field(split, "data", i), trajectory=store.trajectory(split, i))
+            yield dict(fields, video=store.clip(split, i) if noisy else store.field(split, "data", i), trajectory=store.trajectory(split, i))
 
     for shard in range(shards):
         path, about = folder/f"clips-{shard:05d}.h5", dict(shard=f"{shard + 1} of {shards}", source=source)
@@ -129,7 +133,7 @@ def write_shards(
             if "source" in there and any(str(there.get(name)) != value for name, value in about.items()):
                 raise ValueError(f"{path}: is shard {there['shard']} of other clips, or of another number of shards; choose an empty folder")
             continue
-        write_clips(path, {split: records(split, shard) for split in frames}, dict(store.attrs) | about,
+        write_clips(path, {split: records(split, shard) for split in frames}, dict(store.attrs) | about | (dict(noise=0.) if noisy else {}),
                     frames=None if compress else frames)
     return ShardedClips(made)
 
@@ -144,7 +148,8 @@ class SimulatedClips(ClipStore):
     ):
         from vpenc.data.sim import SimConfig
         self.config, counts = config or SimConfig(), counts or dict(train=1_000_000, test=64)
-        self.path, self.attrs = Path(f"simulated-{self.config.domain}"), dataclasses.asdict(self.config)
+        self.path, known = Path(f"simulated-{self.config.domain}"), dataclasses.asdict(self.config)
+        self.attrs = {key: known[key] for key in ("domain", "noise", "seed")} | dict(config=json.dumps(known))  # as a file has them
         self.splits, self.noise, self.seed = tuple(sorted(counts)), self.config.noise, self.config.seed
         self.counts, self.cache = counts, cache
         self.fields = {split: ("masks", "instances", "depth", "flow", "actions", "tip") for split in counts}

@@ -130,8 +130,10 @@ def to_uint8(
     x: torch.Tensor,  # frames (..., 3, H, W) or a clip (B, 3, T, H, W)
     value_range: str,  # value range of `x`: 'unit' or 'centered'
 ) -> np.ndarray:  # uint8, channels last: (..., H, W, 3) or (B, T, H, W, 3)
-    "Model output as pictures. Overshoot is clipped, as reconstructions overshoot; NaN or 0..255 raise ValueError."
+    "Model output as pictures. Overshoot is clipped, as reconstructions overshoot; NaN, 0..255 or (B, 3, 3, H, W) raise ValueError."
     x = x.detach().float().cpu()
+    if x.dim() == 5 and x.shape[1] == x.shape[2] == 3:
+        raise ValueError(f'shape {tuple(x.shape)} may be clips of 3 frames or rows of 3 frames: give the frames as (N,3,H,W)')
     if x.dim() == 5 and x.shape[1] == 3: x = x.transpose(1, 2)  # a clip: (B, 3, T, H, W) -> (B, T, 3, H, W)
     _check_shape(x, range(3, 9), 'frames (...,3,H,W) or a clip (B,3,T,H,W)')
     if not torch.isfinite(x).all(): raise ValueError('frames hold NaN or infinite values')

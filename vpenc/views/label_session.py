@@ -161,7 +161,7 @@ class LabelSession:
         self.states = [self._read(key) for key in self.keys]  # uint8 (H, W) of class numbers; None: not labelled
         self._past, self._future = [[] for _ in self.keys], [[] for _ in self.keys]
         self.proposers = {}  # name -> function of (session, index) that gives a bool mask of one class, or class numbers (H, W)
-        if self.footage.labels is not None and not any(state is not None for state in self.states): self.merge(self.footage.labels, self.classes[0])
+        if self.footage.labels is not None and not any(state is not None for state in self.states): self._take(self.footage.labels)
 
     def __len__(self): return len(self.keys)
 
@@ -181,6 +181,17 @@ class LabelSession:
         self.id = was["id"] if was else secrets.token_hex(8)
         now = dict(format="vpenc-label-1", id=self.id, classes=self.classes)
         if now != was: write_json(path, now)
+
+    def _take(self, labels):
+        "The labels that the source has: its array `classes` when this session has several, its masks as the first class otherwise."
+        ids = labels.extras.get("classes")
+        several = 0 if ids is None else int(ids.max(initial=0))
+        if len(self.classes) == 1 or several == 0:
+            if several > 1: warnings.warn(f"{labels.name}: its {several} classes are united in {self.classes[0]!r}; name {several} classes to keep them apart", stacklevel=3)
+            self.merge(labels, self.classes[0])
+        elif several > len(self.classes): raise ValueError(f"{labels.name}: holds {several} classes, {len(self.classes)} are named: {', '.join(self.classes)}")
+        else:
+            for index, state in enumerate(ids): self.paint(index, state)
 
     def path(self, index) -> Path:
         "Where the mask of a frame is, or will be."
