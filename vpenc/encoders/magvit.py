@@ -57,10 +57,10 @@ MAGVIT_TAPS = MAGVIT_VQ_TAPS | {
 
 class MagvitEncoder(TapEncoder):
     "A tap of a Magvit, or of its tokenizer alone; it is always fed the range [0, 1] that it was trained on, whatever `value_range` says."
-    FAMILY, MODELS, TAPS, LAYERED, CODES = "magvit", ("Magvit", "MagvitVQ"), MAGVIT_TAPS, ("magvit:hidden",), "magvit:codes"
+    FAMILY, MODELS, TAPS, LAYERED = "magvit", ("Magvit", "MagvitVQ"), MAGVIT_TAPS, ("magvit:hidden",)
+    CODES, WEIGHTS = "magvit:codes", "magvit-sim"
 
     def __init__(self, tap=None, weights=None, value_range="unit", seed=0):
-        if weights is None: raise ValueError("magvit: no trained weights are published; weights=FOLDER of a model that you have trained expected")
         super().__init__(tap, weights, value_range, seed)
         self.value_range = Magvit.value_range
 

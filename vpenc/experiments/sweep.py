@@ -148,6 +148,14 @@ def sweep(
     return found
 
 
+def _told(base) -> dict:
+    "A base without settings that are the defaults anyway."
+    from dataclasses import MISSING
+    kinds = Experiment.__dataclass_fields__
+    default = lambda kind: kind.default if kind.default_factory is MISSING else kind.default_factory()
+    return {name: value for name, value in (base or {}).items() if name not in kinds or default(kinds[name]) != value}
+
+
 def claim(out: Path, settings: dict):
     "Note what a new folder is for; ValueError for one that holds another sweep."
     import json
@@ -155,7 +163,7 @@ def claim(out: Path, settings: dict):
     if not (out/"settings.json").exists(): return write_json(out/"settings.json", plain)
     there = read_json(out/"settings.json")
     for name, value in plain.items():
-        if there.get(name) != value: raise ValueError(f"{out} holds a sweep with {name} {there.get(name)}, not {value}; choose another folder")
+        if (_told(there.get(name)) if name == "base" else there.get(name)) != (_told(value) if name == "base" else value): raise ValueError(f"{out} holds a sweep with {name} {there.get(name)}, not {value}; choose another folder")
 
 
 def _failed():

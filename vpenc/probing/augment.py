@@ -17,10 +17,10 @@ from ..data.masks import check_frames
 class Light:
     "How the changed views of a frame differ from it. ValueError for negative values and for shares above 1."
     views: int = 4  # changed views of each frame
-    exposure: float = .25  # s: all channels times exp(N(0, s))
-    gamma: float = .35  # s: values in [0,1] to the power exp(N(0, s))
-    white: float = .08  # s: each channel times exp(N(0, s))
-    slope: float = .3  # u: the light changes linearly across the frame, by a factor of up to 1 - u to 1 + u
+    exposure: float = .25  # s: all channels times exp(s z), z standard normal
+    gamma: float = .35  # s: values in [0,1] to the power exp(s z)
+    white: float = .08  # s: each channel times exp(s z)
+    slope: float = .3  # u: the light rises linearly across the frame, at most from 1 - a to 1 + a, a uniform in [0, u]
     patch: float = .4  # share of the views with a band whose edges are hard
     contrast: float = .8  # u: the band is brighter or darker by a factor of up to exp(u), and at least exp(u / 2)
     border: float = .5  # share of the views whose first row and first column are black
