@@ -180,3 +180,10 @@ def test_a_cancelled_task_is_a_failure_with_its_log(slurm, grid):
     assert "1 run, 0 already done, 2 failed" in said, said
     assert "ended without a result" in said
     assert Path(said.partition("memory; see ")[2].split()[0]).exists()
+
+
+def test_what_slurm_refuses_is_told_in_its_words(slurm, grid):
+    "A row is not lost: nothing was submitted, and the command says why."
+    done = subprocess.run([sys.executable, "-c", COMMAND.replace("timeout_min=10", "timeout_min=10, partition='nope'"), str(grid)], env=slurm, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "ValueError: Slurm refused the array: sbatch: error:" in done.stderr and "artition" in done.stderr.splitlines()[-1], done.stderr
+    assert not queue(slurm) and not results(grid)

@@ -2,6 +2,7 @@
 import copy
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,8 +136,54 @@ def test_two_label_files_of_one_name_have_two_tables(tmp_path):
     from vpenc.experiments.results import collect, table
     one, two = result("one", .9), result("two", .2)
     two["data"] = two["data"] | dict(fingerprint="g")
+    for each, iou in ((one, .9), (two, .2)): each.update(iou=iou, history=[[dict(epoch=1, loss=.1)]])
     lines = table(collect(folder_of(tmp_path / "a", one, two)))
     assert dict(zip(lines.dataset, lines.iou)) == pytest.approx({"d (f)": .9, "d (g)": .2})
+    from vpenc.experiments.report import write_report
+    from vpenc.experiments.results import write_all
+    (tmp_path / "a" / ".one.x1.json").write_text("")  # of a command that was killed
+    write_all(tmp_path / "a")
+    sheets = [(tmp_path / "a" / name).read_text() for name in ("table.csv", "table-d-g.csv")]
+    assert [",0.9" in sheet for sheet in sheets] == [True, False] and [",0.2" in sheet for sheet in sheets] == [False, True]
+    page = Path(write_report(tmp_path / "a")).read_text()
+    assert "Robot masks: d (f)" in page and "Robot masks: d (g)" in page
+
+
+def test_a_model_named_by_its_path_is_told_from_another(tmp_path, monkeypatch):
+    from vpenc.experiments.experiment import Experiment
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("enc", "dino"):
+        (tmp_path / name).mkdir()
+        for file in ("config.json", "model.safetensors"): (tmp_path / name / file).write_text("{}")
+    for encoder in (str(tmp_path / "enc"), f"random/{tmp_path / 'enc'}"):
+        assert tmp_path / "enc" / "model.safetensors" in Experiment(encoder=encoder, head="linear1x1").inputs()
+    assert tmp_path / "dino" / "model.safetensors" in Experiment(encoder="hf:~/dino:layer[1]", head="linear1x1").inputs()
+
+
+def test_names_stay_with_labels_and_numbers_are_no_letters(tmp_path):
+    from PIL import Image
+    from vpenc.data.coco import import_labels
+    named = labelled(file=np.array(["a.png", "ä.png", "c.png", "d.png"]))
+    named.save(tmp_path / "named.h5")
+    assert [each.decode() for each in LabelledFrames.load(tmp_path / "named.h5").extras["file"]] == ["a.png", "ä.png", "c.png", "d.png"]
+    for part in ("frames", "masks"): (tmp_path / "png" / part).mkdir(parents=True)
+    numbers = np.repeat(np.array([[0, 1, 2, 12]], np.uint8), 4, 0).repeat(4, 0).repeat(4, 1)
+    Image.fromarray(named.frames[0]).save(tmp_path / "png/frames/0.png")
+    Image.fromarray(numbers).save(tmp_path / "png/masks/0.png")
+    for category in ("12", 12, ["12"]): assert (import_labels(tmp_path / "png", category=category, size=16).masks[0] == (numbers == 12)).all()
+
+
+def test_rows_that_zero_shot_is_not_for_are_refused():
+    from vpenc.experiments.experiment import Experiment
+    from vpenc.experiments.real import zero_shot
+    for wrong in (dict(finetune=True), dict(protocol="paper")):
+        with pytest.raises(ValueError, match="frozen encoders under protocol 'corrected'"): zero_shot(Experiment(**wrong), labelled(), labelled())
+
+
+def test_a_missing_model_is_named_whatever_its_path_is():
+    from vpenc.models.checkpoints import find_model
+    for path in ("models/mine-x.ckpt", Path("models/mine-x.ckpt")):
+        with pytest.raises(FileNotFoundError, match="mine-x"): find_model(path)
 
 
 def test_a_table_shows_rows_beside_targets(tmp_path, capsys):

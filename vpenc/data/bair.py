@@ -14,6 +14,7 @@ import numpy as np
 
 from ..files import did_you_mean, digest, progress
 from .ingest import build_store
+from .pictures import walk
 from .sim import SPLITS, TEST_OFFSET
 from .video import ClipStore
 
@@ -164,7 +165,14 @@ def _list_tar(archive):
                     if m.isfile() and m.name.endswith('.tfrecords'): found.append((m.name, m.offset_data if plain else None, m.size))
             except tarfile.ReadError:  # cut off inside a file: its record will be named when it is read
                 if not (plain and found): raise
+    if plain and not _ends(archive): warnings.warn(f'{archive}: has no end, so it is cut off: {len(found)} files are read, those behind them are lost', stacklevel=3)
     return [(name, at, n if at is None else max(0, min(n, size - at))) for name, at, n in found]
+
+def _ends(archive):
+    "Whether a tar archive has the zeros that end it, two blocks of 512 bytes."
+    with open(archive, 'rb') as stream:
+        stream.seek(max(0, archive.stat().st_size - 1024))
+        return not any(stream.read(1024))
 
 @contextlib.contextmanager
 def _damage_of(archive):
@@ -177,7 +185,7 @@ def _list_files(source):
     "The .tfrecords of an archive, a folder or a single file, in order: dicts of all that reading them takes."
     source = Path(os.path.abspath(source))
     if not source.exists(): raise FileNotFoundError(f'no such archive or folder: {source}')
-    if source.is_dir(): found = [(str(p), str(p), 0, p.stat().st_size) for p in source.rglob('*.tfrecords')]
+    if source.is_dir(): found = [(str(p), str(p), 0, p.stat().st_size) for p in walk(source)[0] if p.suffix == '.tfrecords']
     elif source.suffix == '.tfrecords': found = [(str(source), str(source), 0, source.stat().st_size)]
     else: found = [(f'{source.name}:{name}', str(source), at, size) for name, at, size in _list_tar(source)]
     if not found: raise ValueError(f'no .tfrecords in {source}: expected {LAYOUT}')

@@ -343,7 +343,7 @@ def guess_format(
 def import_labels(
     source,  # see `guess_format`
     format="auto",  # or one of FORMATS
-    category=(),  # COCO: names, united; png: the numbers in the masks that are the object
+    category=(),  # COCO: name or names, united; png: the number or numbers in the masks that are the object
     images=None,  # COCO: folder of the pictures, when it is not that of the JSON
     size=64,  # height and width wanted
     trajectory=None,  # regular expression that finds the video in a picture's name
@@ -351,6 +351,7 @@ def import_labels(
     own_parts=True,  # keep the parts that names or lists tell, without the pictures in none of the lists; False: all pictures, for parts to be drawn
 ) -> LabelledFrames:
     "`LabelledFrames` of any source. FileNotFoundError or ValueError, in one line, when it does not fit."
+    category = [category] if isinstance(category, (str, int, np.integer)) else list(category)
     if format == "auto": format = guess_format(source)
     if format not in FORMATS: raise ValueError(f"format: unknown {format!r}{did_you_mean(format, ('auto', *FORMATS))}")
     if size < 8: raise ValueError(f"size: {size} is too small; expected at least 8")
@@ -368,7 +369,7 @@ def import_labels(
 def _numbers(category) -> list:
     "The numbers of a palette mask."
     try: return [int(each) for each in category]
-    except ValueError: raise ValueError(f"category: {' '.join(category)} given; a PNG mask has numbers, such as 1 2") from None
+    except ValueError: raise ValueError(f"category: {' '.join(map(str, category))} given; a PNG mask has numbers, such as 1 2") from None
 
 
 def _resized(path, size, category, trajectory) -> LabelledFrames:

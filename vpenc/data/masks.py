@@ -190,7 +190,9 @@ def save_labels(
     masks = labels.masks.astype(np.uint8)
     arrays = dict(frames=labels.frames, masks=masks, trajectory=labels.trajectory, **labels.extras)
     with atomic(path) as temporary, h5py.File(temporary, "w") as file:
-        for key, value in arrays.items(): file.create_dataset(key, data=value, compression="gzip", compression_opts=1)
+        for key, value in arrays.items():
+            if np.asarray(value).dtype.kind == "U": value = np.char.encode(value, "utf-8")  # HDF5 has no such strings
+            file.create_dataset(key, data=value, compression="gzip", compression_opts=1)
         file["split"] = labels.split.astype("S")
         file.attrs.update(format="vpenc-labels-1", noise=0., size=labels.size[0])
 

@@ -6,7 +6,7 @@
 __all__ = ['CLUSTERS', 'ASKED', 'GENERAL', 'run_one', 'executor', 'in_queue', 'arrays', 'cancel', 'submit']
 
 # %% ../../nbs/6_experiments/11_cluster.ipynb #0a3adf80
-import contextlib, os, shutil, subprocess, threading, time
+import contextlib, os, re, shutil, subprocess, threading, time
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +47,9 @@ def executor(
         if name not in GENERAL and name not in known: raise ValueError(f"--slurm: unknown {name!r}{did_you_mean(name, [*GENERAL, *known])}")
     made = submitit.AutoExecutor(folder=Path(folder), cluster=cluster)
     named = {name if name in GENERAL else f"slurm_{name}": value for name, value in asked.items()}
-    made.update_parameters(name="vpenc", **named, **(dict(slurm_array_parallelism=at_once) if at_once else {}))
+    named = (dict(slurm_array_parallelism=at_once) if at_once else {}) | named
+    try: made.update_parameters(**dict(name="vpenc") | named)
+    except (AssertionError, NameError, TypeError, ValueError) as error: raise ValueError(f"--slurm: {' '.join(f'{name}={value}' for name, value in (asked or {}).items())}: {' '.join(str(error).split())}") from None
     return made
 
 # %% ../../nbs/6_experiments/11_cluster.ipynb #55ac2f5e
@@ -70,6 +72,12 @@ def cancel(tasks):
     for task in tasks: task.cancel(check=False)
 
 
+def _start(made, notebook, jobs) -> list:
+    "(job, task) of jobs that are submitted together; ValueError says why Slurm takes none."
+    try: return list(zip(jobs, made.map_array(partial(run_one, notebook=notebook), jobs)))
+    except RuntimeError as error: raise ValueError(f"Slurm refused the array: {([line for line in str(error).splitlines() if 'error' in line] or str(error).splitlines() or ['?'])[-1]}") from None
+
+
 def submit(
     todo: list[Job],
     notebook: Path,  # absolute
@@ -80,14 +88,14 @@ def submit(
 ) -> list[Outcome]:
     "Run jobs as one array on a cluster, and wait. On Ctrl-C the array is cancelled and KeyboardInterrupt is raised."
     logs, start = todo[0].folder/".cluster"/"logs", time.monotonic()
-    tasks = executor(logs, cluster, workers, asked).map_array(partial(run_one, notebook=notebook), todo)
-    where = f"{len(todo)} tasks of array {tasks[0].job_id.partition('_')[0]}" if cluster == "slurm" else f"{len(todo)} processes"
-    waiting, missed, outcomes = dict(enumerate(zip(todo, tasks))), {}, []
+    made, room = executor(logs, cluster, workers, asked), workers if cluster == "local" else len(todo)  # Slurm itself starts no more than `workers`
+    waiting, missed, outcomes = dict(enumerate(_start(made, notebook, todo[:room]))), {}, []
+    where = f"{len(todo)} tasks of array {waiting[0][1].job_id.partition('_')[0]}" if cluster == "slurm" else f"{len(todo)} processes, {workers} at a time"
     try:
         with progress(desc="runs", total=len(todo), unit="run") as bar:
             bar.write(f"{where}; logs in {logs}")
             while waiting:
-                alive = in_queue(tasks)
+                alive = in_queue([task for _, task in waiting.values()])
                 for i, (job, task) in list(waiting.items()):
                     ended = task.paths.result_pickle.exists()
                     missed[i] = 0 if ended or alive is None or task.job_id in alive else missed.get(i, 0) + 1
@@ -97,6 +105,8 @@ def submit(
                     if reason: bar.write(f"failed: {job.name}: {reason}")
                     bar.update()
                     del waiting[i]
+                    if room < len(todo): waiting[room] = _start(made, notebook, [todo[room]])[0]
+                    room += 1
                 if waiting: time.sleep(every)
     except BaseException:
         with contextlib.suppress(Exception): cancel([task for _, task in waiting.values()])
@@ -108,4 +118,7 @@ def _reason(job, task) -> str:
     "Why a task that has ended left no result, in one line; empty when it left one."
     if not task.paths.result_pickle.exists(): return f"the task ended without a result: killed, or out of time or memory; see {task.paths.stderr}"
     try: return task.result()
-    except Exception as error: return f"{str(error).strip().splitlines()[-1]}; see {task.paths.stderr}"
+    except Exception as error:
+        told = re.search(r"(?s)-{5,}\n(.*?)\n-{5,}", str(error))  # submitit puts the traceback between two lines
+        lines = (told[1] if told else str(error)).strip().splitlines() or [type(error).__name__]
+        return f"{lines[-1]}; see {task.paths.stderr}"

@@ -273,9 +273,10 @@ def _inputs(self) -> list[Path]:
     family, _, rest = self.encoder.removeprefix("random/").removeprefix("noise:").partition(":")
     if family in ADAPTERS:
         from vpenc.encoders.taps import encoder_class
-        model = Path(encoder_class(family).parse(rest)[1] or self.weights)
+        model = Path(encoder_class(family).parse(rest)[1] or self.weights).expanduser()
         return [labelled, *(model_files(model) if model.is_dir() else [])]  # a name on the Hub has no file here
-    return [labelled, *model_files(find_model(self.weights))]
+    path = Path(self.encoder.removeprefix("random/").removeprefix("noise:"))
+    return [labelled, *model_files(find_model(path if path.exists() else self.weights))]
 
 
 def _features(self) -> tuple:
@@ -320,6 +321,7 @@ def parts_for(
     if experiment.protocol == "paper":
         pool = np.concatenate([rows["train"], rows["val"], rows["spare"]])
         order = np.random.default_rng([seed, 80]).permutation(np.unique(labelled.trajectory[pool]))
+        if len(order) < 2: raise ValueError(f"{labelled.name}: {len(order)} trajectories; protocol 'paper' holds out a fifth of them, so at least 2 are expected")
         held = np.isin(labelled.trajectory[pool], order[:max(1, round(.2 * len(order)))])
         return Parts(pool[~held], pool[held], pool[held])
     for name in ("train", "val", "test"):
@@ -691,7 +693,8 @@ class Predictor:
             raise ValueError(f"{folder}: this probe was fitted to a model of other weights ({row['model']}) than {row['weights']} holds now ({found})")
 
     def __call__(self, frames):
-        if np.shape(frames)[1:3] != self.size: raise ValueError(f"frames have shape {np.shape(frames)}; this probe takes (N,{self.size[0]},{self.size[1]},3)")
+        if np.shape(frames)[1:3] != self.size or not len(frames): raise ValueError(f"frames have shape {np.shape(frames)}; this probe takes (N,{self.size[0]},{self.size[1]},3)")
+        frames = np.asarray(frames)
         parts = [frames[indices] for indices in blocks(np.arange(len(frames)))]
         inputs = parts if self.tuned else map(self.encoder, parts)
         return np.concatenate([np.asarray(self.probe.predict(each)) for each in inputs])

@@ -37,7 +37,8 @@ def zero_shot(
     real,  # LabelledFrames to score
     cache=None,  # folder of cached features; the default when None
 ) -> Transfer:
-    "Fit to simulated labels, predict all real frames. ValueError when the frames are of different sizes."
+    "Fit to simulated labels, predict all real frames. ValueError when the frames are of different sizes, and for rows that fine-tune or have the paper's protocol."
+    if experiment.finetune or experiment.protocol != "corrected": raise ValueError("zero_shot: frozen encoders under protocol 'corrected' expected")
     if simulated.size != real.size: raise ValueError(f"{real.name}: frames are {real.size}, those of {simulated.name} {simulated.size}; expected the same")
     encoder = load_encoder(experiment.encoder, weights=experiment.weights, value_range=VALUE_RANGE[experiment.protocol])
     parts = [parts_for(simulated, experiment, seed) for seed in experiment.seeds]

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import atomic, read_json
+from ..files import atomic, json_files, read_json
 from .experiment import Experiment
-from .results import STYLE, VARIANTS, bars, caption, collect, page, table, variant, warnings, words
+from .results import STYLE, VARIANTS, bars, caption, collect, in_file_name, page, table, variant, warnings, words
 from .tasks import task_caption, task_figure, task_frame, task_table
 
 # %% ../../nbs/6_experiments/07_report.ipynb #7a8ae0ac
@@ -127,10 +127,9 @@ def _figure(figure, text="", pdf=None):
 def _results(folder, made) -> list:
     "Table, bars and few labels of the rows of Table 1's kind."
     parts, df = [], collect(folder)
-    for number, (name, rows) in enumerate(df.groupby("dataset")):
-        lines = table(df)
-        lines = lines[lines.dataset == name]
-        suffix, warned = f"-{name}" * bool(number), warnings(rows)
+    for number, (name, lines) in enumerate(table(df).groupby("dataset")):
+        rows = df[df.fingerprint.isin(lines.fingerprint)]
+        suffix, warned = f"-{in_file_name(name)}" * bool(number), warnings(rows)
         parts.append(_section(f"Robot masks: {name}", f'<div class="scroll">{page(words(lines), caption(rows), warned)}</div>',
                               _figure(bars(lines, " ".join(warned)), "Bars: IoU with 95 % interval. Diamonds: the paper's numbers.", made/f"table{suffix}.pdf")))
         if (figure := few_labels(rows)) is not None:
@@ -149,7 +148,7 @@ def _costs(folder) -> str:
 
 def _runs(folder) -> list:
     "(path, result) of each run of Table 1's kind."
-    found = [(path, read_json(path)) for path in sorted(Path(folder).glob("*.json"))]
+    found = [(path, read_json(path)) for path in json_files(folder)]
     return [(path, value) for path, value in found if isinstance(value, dict) and value.get("format") == "vpenc-result-1"]
 
 
@@ -177,7 +176,7 @@ def _targets(folder, made) -> str:
 
 def holds(folder, kind) -> bool:
     "Whether a folder has a result of this format."
-    return folder.is_dir() and any(isinstance(value := read_json(path), dict) and value.get("format") == kind for path in folder.glob("*.json"))
+    return folder.is_dir() and any(isinstance(value := read_json(path), dict) and value.get("format") == kind for path in json_files(folder))
 
 
 def write_report(
@@ -205,7 +204,7 @@ def write_report(
 
 def _provenance(folder) -> str:
     "The versions and machines that made the numbers, and what data they are of."
-    results = [value for path in sorted(folder.glob("*.json")) if isinstance(value := read_json(path), dict) and str(value.get("format")).startswith("vpenc-")]
+    results = [value for path in json_files(folder) if isinstance(value := read_json(path), dict) and str(value.get("format")).startswith("vpenc-")]
     known = {f"vpenc {v.get('vpenc')}, torch {v.get('torch')}, Python {v.get('python')}, {v.get('machine')} ({v.get('device')})" for v in (r.get("versions", {}) for r in results)}
     data = {f"{r['data']['dataset']} ({r['data']['fingerprint']})" + " simulated stand-in for BAIR" * bool(r["data"].get("simulated")) for r in results}
     return f"{len(results)} results. Data: {'; '.join(sorted(data))}. Made with {'; '.join(sorted(known))}. Intervals are 95 % bootstrap intervals over trajectories."

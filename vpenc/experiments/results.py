@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['ROW', 'SCORES', 'BLIND', 'FLOOR_NAMES', 'SECTIONS', 'PLAIN', 'VARIANTS', 'COLUMNS', 'TITLES', 'ENOUGH', 'STYLE',
            'collect', 'is_floor', 'floor_of', 'variant', 'table', 'gain', 'label', 'words', 'caption', 'warnings',
-           'real_words', 'real_caption', 'real_result', 'markdown', 'page', 'latex', 'bars', 'write_all']
+           'real_words', 'real_caption', 'real_result', 'markdown', 'page', 'latex', 'bars', 'in_file_name',
+           'write_all']
 
 # %% ../../nbs/6_experiments/04_results.ipynb #c0563592
-import html
+import html, re
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 
 from .experiment import PAPER_TABLE1, Experiment, image_means
-from ..files import atomic, read_json
+from ..files import atomic, json_files, read_json
 from ..probing.metrics import bootstrap_interval, paired_bootstrap
 
 # %% ../../nbs/6_experiments/04_results.ipynb #41c1e2f0
@@ -34,7 +35,7 @@ def collect(
     import pandas as pd
     folder = Path(folder)
     if not folder.is_dir(): raise FileNotFoundError(f"{folder}: no such folder of results")
-    results = [_present(result) | dict(path=path) for path in sorted(folder.glob("*.json")) if _is_result(result := read_json(path))]
+    results = [_present(result) | dict(path=path) for path in json_files(folder) if _is_result(result := read_json(path))]
     if not results: raise ValueError(f"{folder}: no results in it; `vpenc run table1 --out {folder}` makes them")
     rows = {}
     for result in results: rows.setdefault(_whole(lambda runs: _row_key(runs[0]), [result]), []).append(result)
@@ -382,6 +383,11 @@ def bars(
     return figure
 
 # %% ../../nbs/6_experiments/04_results.ipynb #aa56bb1a
+def in_file_name(name: str) -> str:
+    "A data set's name as a part of a file's name."
+    return re.sub(r"[^-.\w]+", "-", name).strip("-")
+
+
 def write_all(
     folder,  # of a batch
 ) -> str:
@@ -392,8 +398,8 @@ def write_all(
     import pandas as pd
     folder, df = Path(folder), collect(folder)
     lines, texts = table(df), []
-    for i, (name, rows) in enumerate(df.groupby("dataset")):
-        part, suffix = lines[lines.dataset == name], f"-{name}" if i else ""
+    for i, (name, part) in enumerate(lines.groupby("dataset")):
+        rows, suffix = df[df.fingerprint.isin(part.fingerprint)], f"-{in_file_name(name)}" if i else ""
         sheet, title, warned = words(part), caption(rows), warnings(rows)
         if not i and (real := real_result(folder)): sheet, title = pd.concat([sheet, real_words(real)]), f"{title} {real_caption(real)}"
         forms = dict(md=markdown, html=page, tex=latex)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import atomic, did_you_mean, read_json, write_json
+from ..files import atomic, did_you_mean, digest, read_json, write_json
 from ..probing.metrics import bootstrap_interval, paired_bootstrap
 from .experiment import Experiment, image_means
 from .runner import plan_grid, read_settings, run_grid, run_jobs
@@ -36,6 +36,7 @@ def read_space(
     if not isinstance(space, dict): space = _space_file(Path(space))
     known = [name for name in Experiment.__dataclass_fields__ if name not in FIXED]
     if not space: raise ValueError(f"{where}nothing to vary; expected settings such as lr")
+    space = {name: [_plain(value) for value in values] if isinstance(values, (list, tuple)) else values for name, values in space.items()}
     for name, values in space.items():
         if name not in known: raise ValueError(f"{where}unknown setting {name!r}{did_you_mean(name, known)}" if name not in FIXED else f"{where}{name} cannot be varied: it changes what is measured")
         if isinstance(values, list) and values: continue
@@ -44,7 +45,16 @@ def read_space(
         low, high = values["low"], values["high"]
         number = all(isinstance(end, int | float) and not isinstance(end, bool) and math.isfinite(end) for end in (low, high))
         if not number or not low < high or values.get("log") and low <= 0: raise ValueError(f"{where}{name}: low and high, two numbers in this order{', above 0 for log' * bool(values.get('log'))}, expected; got {low!r} and {high!r}")
+        if _whole(name) and not all(isinstance(end, int) for end in (low, high)): raise ValueError(f"{where}{name}: whole numbers expected; got {low!r} and {high!r}")
     return space
+
+
+def _plain(value): return value.item() if isinstance(value, np.generic) else value
+
+
+def _whole(name) -> bool:
+    "Whether a setting takes whole numbers only."
+    return "int" in str(Experiment.__dataclass_fields__[name].type)
 
 
 def _space_file(path: Path) -> dict:
@@ -58,12 +68,11 @@ SAMPLERS = ("random", "tpe")
 BATCH = 4  # trials that TPE draws at a time, whatever the number of jobs
 
 
-def distribution(values):
-    "optuna's distribution of a list of choices or of a range."
+def distribution(name, values):
+    "optuna's distribution of a setting: a list of choices, or a range of the numbers that the setting takes."
     from optuna import distributions as kinds
     if isinstance(values, list): return kinds.CategoricalDistribution(values)
-    whole = all(isinstance(values[end], int) for end in ("low", "high"))
-    return (kinds.IntDistribution if whole else kinds.FloatDistribution)(values["low"], values["high"], log=values.get("log", False))
+    return (kinds.IntDistribution if _whole(name) else kinds.FloatDistribution)(values["low"], values["high"], log=values.get("log", False))
 
 
 def new_study(sampler: str, seed: int):
@@ -87,8 +96,8 @@ class Trial:
 
 def draw(study, space: dict, first: int, count: int) -> tuple:
     "`count` trials, numbered from `first`, and optuna's own."
-    asked = [study.ask({name: distribution(values) for name, values in space.items()}) for _ in range(count)]
-    return [Trial(first + i, {name: _rounded(value) for name, value in each.params.items()}) for i, each in enumerate(asked)], asked
+    asked = [study.ask({name: distribution(name, values) for name, values in space.items()}) for _ in range(count)]
+    return [Trial(first + i, {name: value if isinstance(space[name], list) else _rounded(value) for name, value in each.params.items()}) for i, each in enumerate(asked)], asked
 
 
 def _rounded(value): return float(f"{value:.3g}") if isinstance(value, float) else value
@@ -127,7 +136,7 @@ def sweep(
         if name in base: raise ValueError(f"{name}: is set by the sweep; leave it out")
     options = dict(workers=workers, cache=cache, notebook=notebook, run=run)
     row = lambda trial: base | trial.values | dict(name=f"trial-{trial.number:03d}")
-    plan_grid([row(Trial(0, {}))], out/"trials", cache=cache, notebook=notebook)  # complains before anything runs
+    for first in (row(Trial(0, {})), base | dict(seeds=confirm)): plan_grid([first], out/"trials", cache=cache, notebook=notebook)  # complains before anything runs
     claim(out, dict(base=base, space=space, sampler=sampler, seed=seed))
     done = []
     while len(done) < trials:
@@ -192,7 +201,9 @@ def _wandb():
 def log_trial(trial: Trial, experiment: Experiment, result: dict, project: str, out):
     "A trial as a run of Weights & Biases: settings, curves of the first seed, validation IoU."
     name = f"{Path(out).resolve().name}-{trial.number:03d}"
-    logged = _wandb().init(project=project, group=Path(out).resolve().name, name=name, id=name, resume="allow", dir=str(out), config=experiment.parameters(), reinit="finish_previous")
+    settings = Path(out)/"settings.json"
+    key = digest(str(Path(out).resolve()), settings.read_text() if settings.exists() else "", trial.number)  # another folder of this name, or another sweep, has runs of its own
+    logged = _wandb().init(project=project, group=Path(out).resolve().name, name=name, id=key, resume="allow", dir=str(out), config=experiment.parameters(), reinit="finish_previous")
     for record in result.get("history", [[]])[0]: logged.log({key: value for key, value in record.items() if value is not None})
     logged.summary.update(dict(val_iou=trial.val_iou, failed=trial.reason))
     logged.finish(exit_code=int(bool(trial.reason)))
@@ -230,7 +241,7 @@ def sweep_figure(found: Sweep):
     drawn = [trial for trial in found.trials if trial.values and trial.val_iou == trial.val_iou]
     for ax, (name, values) in zip(axes, found.space.items()):
         choices = [str(value) for value in values] if isinstance(values, list) else None
-        place = lambda trial: choices.index(str(trial.values[name])) if choices else trial.values[name]
+        place = lambda trial: values.index(trial.values[name]) if choices else trial.values[name]
         ax.plot([place(t) for t in drawn], [t.val_iou for t in drawn], "o", ms=4, color="0.4", alpha=.7)
         if found.best.values: ax.plot(place(found.best), found.best.val_iou, "o", ms=7, mfc="none", color="C3", label="best")
         if found.trials[0].val_iou == found.trials[0].val_iou: ax.axhline(found.trials[0].val_iou, ls="--", lw=1, color="C0", label="default")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import vpenc
-from ..files import atomic, did_you_mean, digest, locked, progress, read_json, write_json
+from ..files import atomic, did_you_mean, digest, json_files, locked, progress, read_json, write_json
 from ..identity import Unidentified, identify
 from .experiment import Experiment, code_of, features_at, load_labelled, parts_for, record, save_with_row, versions
 from ..probing.metrics import bootstrap_interval
@@ -163,7 +163,7 @@ def task_frame(
     import pandas as pd
     folder = Path(folder)
     if not folder.is_dir(): raise FileNotFoundError(f"{folder}: no such folder of results")
-    results = [value for path in sorted(folder.glob("*.json")) if isinstance(value := read_json(path), dict) and value.get("format") == "vpenc-task-1"]
+    results = [value for path in json_files(folder) if isinstance(value := read_json(path), dict) and value.get("format") == "vpenc-task-1"]
     if not results: raise ValueError(f"{folder}: no results of tasks in it; `vpenc run tasks --out {folder}` makes them")
     return pd.DataFrame([line for group in _comparable(results) for line in _lines(group)])
 

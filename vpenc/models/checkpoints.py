@@ -438,7 +438,7 @@ def find_model(path_or_name):
     homes = [home for home in model_homes() if home.is_dir()]
     for home in homes:
         if (home / path_or_name / "config.json").exists(): return home / path_or_name
-    if str(path_or_name).count("/") == 1 and not path.suffix and path_or_name[0] not in "./~":
+    if str(path_or_name).count("/") == 1 and not path.suffix and str(path_or_name)[0] not in "./~":
         return from_hub(path_or_name)
     known = list_models()
     raise FileNotFoundError(f"no model {str(path_or_name)!r}: neither a file nor a folder, nor one of the named models "
