@@ -426,3 +426,147 @@ class Near(MaskTarget):
     name, needs = "near", "depth"
     def __init__(self, limit): self.limit = limit
     def truth(self, labelled): return torch.from_numpy((self.array(labelled) < self.limit).astype(np.float32))[:, None]
+
+
+def clips_file(path, value, size=16, count=2, frames=8):
+    from vpenc.data.video import write_clips
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records = [dict(video=np.full((frames, size, size, 3), value, np.uint8))] * count
+    return write_clips(path, dict(train=records, test=records))
+
+
+def test_a_path_with_brackets_is_a_path(tmp_path):
+    from vpenc.data.shards import open_clips
+    one = clips_file(tmp_path / "clips[1].h5", 1)
+    clips_file(tmp_path / "clips1.h5", 2)
+    assert open_clips(one).clip("train", 0).max() == 1 and open_clips(str(one)).clip("train", 0).max() == 1
+
+
+def test_clips_stay_the_same_when_the_folder_is_changed(tmp_path, monkeypatch):
+    from vpenc.data.shards import open_clips
+    for name, value in (("a", 1), ("b", 2)): clips_file(tmp_path / name / "x.h5", value)
+    monkeypatch.chdir(tmp_path / "a")
+    alone, shards = open_clips("x.h5"), open_clips(["x.h5"])
+    monkeypatch.chdir(tmp_path / "b")
+    for store in (alone, shards): assert store.clip("train", 0).max() == 1
+
+
+def test_whole_numbers_of_clips_are_not_cut(tmp_path):
+    from vpenc.data.video import write_clips
+    frames = np.zeros((4, 16, 16, 3), np.uint8)
+    trajectories = [dict(video=frames, instances=np.full((4, 16, 16), value, dtype)) for value, dtype in ((1, np.uint8), (300, np.int64))]
+    with pytest.raises(ValueError, match="train_instances: trajectory 1 has int64 values that do not fit the uint8"): write_clips(tmp_path / "x.h5", dict(train=trajectories))
+    assert not (tmp_path / "x.h5").exists()
+    write_clips(tmp_path / "x.h5", dict(train=[trajectories[0], dict(video=frames, instances=np.ones((4, 16, 16), np.int64))]))
+
+
+def test_two_sessions_of_one_folder_see_each_others_masks(tmp_path):
+    from vpenc.views.label_session import LabelSession
+    frames = np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3), dtype=np.uint8)
+    one, two = LabelSession(tmp_path / "s", frames), LabelSession(tmp_path / "s", torch.from_numpy(frames))
+    two.draw(2, np.ones((16, 16), bool))
+    assert one.done == 1 and one.mask(2).all() and len(one.labels()) == 1
+    one.draw(2, np.zeros((16, 16), bool))
+    assert not two.mask(2).any() and one.undo(2) and two.mask(2).all()
+    with pytest.warns(UserWarning, match="1 masks are of frames that array does not have"): LabelSession(tmp_path / "s", frames[:2] + 1)
+
+
+def test_probabilities_are_no_masks_and_pixels_have_one_scale():
+    from vpenc.encoders.futures import motion, psnr
+    from vpenc.encoders.latents import pixel_classes
+    from vpenc.probing.metrics import boundary_f
+    from vpenc.views.viz import overlay
+    mask = np.zeros((1, 8, 8), bool)
+    mask[:, 2:5, 2:6] = True
+    with pytest.raises(ValueError, match="probabilities"): boundary_f(np.where(mask, .9, .1), mask)
+    with pytest.raises(ValueError, match="probabilities"): overlay(np.zeros((8, 8, 3), np.uint8), np.where(mask[0], .9, .1))
+    with pytest.raises(ValueError, match="floats up to 200"): overlay(np.full((8, 8, 3), 200.), mask[0])
+    video = np.zeros((2, 3, 8, 8, 3), np.float32)
+    for wrong in (lambda: psnr(video, video), lambda: motion(video)):
+        with pytest.raises(ValueError, match="float32: expected uint8"): wrong()
+    assert (pixel_classes(mask * np.uint8(255)) == mask).all()
+
+
+@pytest.mark.parametrize("target, array, right", [("depth", (2, 16, 16, 1), "(2, 16, 16)"), ("motion", (2, 16, 16, 3), "(2, 16, 16, 2)"), ("instances", (2, 16, 16, 3), "(2, 16, 16)")])
+def test_arrays_of_targets_have_the_axes_of_their_target(target, array, right):
+    from vpenc.data.masks import LabelledFrames
+    from vpenc.probing.targets import TARGETS, find_target
+    own = find_target(target)
+    labels = LabelledFrames(np.zeros((2, 16, 16, 3), np.uint8), np.ones((2, 16, 16), bool), extras={own.needs: np.ones(array, np.float32 if target != "instances" else np.uint8)})
+    with pytest.raises(ValueError, match=right.replace("(", r"\(").replace(")", r"\)")): own.truth(labels)
+    assert target in TARGETS
+
+
+@pytest.mark.parametrize("words, line", [
+    (["--device", "gpu"], "device: unknown 'gpu'"), (["--set", "steps=1e3"], "steps: a value such as"), (["--set", "accumulate=0"], "accumulate: 0; expected"),
+    (["--set", "validation_clips=0"], "validation_clips: 0; expected at least 1"), ([], "pictures of 16x16, the model takes 64x64; convert them with --size 64"),
+    (["--init", "videogpt-sim", "--set", "layers=8"], "layers: 8 given, but the model of init has 4"), (["--model", "magvit", "--set", "precision=bf16"], "precision: unknown 'bf16'"),
+])
+def test_settings_of_a_training_are_refused_before_it(tmp_path, capsys, words, line):
+    from vpenc.cli import main
+    assert main(["pretrain", str(clips_file(tmp_path / "c.h5", 1)), "--out", str(tmp_path / "run"), *words]) == 2
+    assert line in (said := capsys.readouterr().err) and len(said.splitlines()) == 1
+    assert not (tmp_path / "run" / "vqvae.pt").exists()
+
+
+def test_a_gpu_that_is_not_there_is_named():
+    from vpenc.models.checkpoints import find_device
+    with pytest.raises(ValueError, match="there is no cuda:99"): find_device("cuda:99")
+    assert find_device("cpu").type == "cpu"
+
+
+def test_clips_of_an_array_stay_apart(tmp_path):
+    from vpenc.encoders.futures import load_windows
+    clips = np.stack([np.full((4, 16, 16, 3), value, np.uint8) for value in range(3)])
+    np.save(tmp_path / "n.npy", clips)
+    assert [np.unique(video).tolist() for video in load_windows(tmp_path / "n.npy", 4, 16).video] == [[0], [1], [2]]
+    (tmp_path / "cut.npz").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="cut.npz"): load_windows(tmp_path / "cut.npz", 4, 16)
+
+
+def test_pages_of_a_tiff_that_are_not_read_are_told(tmp_path):
+    from vpenc.data.pictures import read_pictures
+    pages = [Image.new("RGB", (16, 16), (value,) * 3) for value in (0, 100)]
+    pages[0].save(tmp_path / "stack.tif", save_all=True, append_images=pages[1:])
+    with pytest.warns(UserWarning, match="only the first of its 2 pages"): assert len(read_pictures(tmp_path / "stack.tif", 16)[0]) == 1
+
+
+def test_seeds_of_numpy_are_seeds(tmp_path):
+    from vpenc.data.sim import SimConfig, generate_clips
+    from vpenc.data.video import ClipStore
+    quick = dict(frames=2, supersample=1, shadows=0)
+    a, b = (ClipStore(generate_clips(tmp_path / f"{i}.h5", 1, 0, SimConfig(seed=seed, **quick), processes=1)) for i, seed in enumerate((np.int64(3), 3)))
+    assert (a.clip("train", 0) == b.clip("train", 0)).all() and a.attrs["seed"] == 3
+
+
+def test_long_names_make_files():
+    from vpenc.cli import file_names
+    names = file_names(["機" * 40 + ".png", "機" * 40 + "器.png", "take 1.png"])
+    assert all(len(name.encode()) < 240 for name in names) and len(set(names)) == 3 and names[2] == "take 1"
+
+
+def test_an_array_of_clips_is_hashed_once(tmp_path, monkeypatch):
+    from vpenc.data import ingest
+    read, whole = [], ingest.file_sha256
+    monkeypatch.setattr(ingest, "file_sha256", lambda path: read.append(path) or whole(path))
+    np.save(tmp_path / "n.npy", np.random.default_rng(0).integers(0, 255, (10, 4, 16, 16, 3), dtype=np.uint8))
+    ingest.convert_videos(tmp_path / "n.npy", tmp_path / "c.h5", size=16, jobs=1)
+    assert len(read) <= 2
+
+
+@pytest.mark.parametrize("attrs, simulated", [(dict(domain="bair"), True), ({}, False)])
+def test_a_card_says_that_clips_are_simulated_by_what_they_are(tmp_path, attrs, simulated):
+    from vpenc.data.video import ClipStore, write_clips
+    from vpenc.training.config import configure
+    from vpenc.training.pretrain import model_card
+    record = [dict(video=np.zeros((8, 64, 64, 3), np.uint8))]
+    store = ClipStore(write_clips(tmp_path / "simple_kitchen.h5", dict(train=record, test=record), attrs))
+    assert ("no real video" in model_card(configure("tiny"), [], "tiny", store, True)) == simulated
+
+
+def test_a_network_that_gives_a_dict_is_told():
+    from vpenc.encoders.taps import load_encoder
+
+    class Net(nn.Module):
+        def forward(self, frames): return dict(layer1=frames)
+    with pytest.raises(ValueError, match="gave a dict with layer1"): load_encoder(Net())(np.zeros((1, 16, 16, 3), np.uint8))

@@ -330,10 +330,12 @@ def file_names(names: list) -> list:
     Of frames of one file, 'film.mp4[7]' becomes 'film.mp4%5B0007%5D'.
     """
     from urllib.parse import quote
+    from vpenc.files import digest
     stems = [Path(name).stem for name in names]
     same = [stem.casefold() for stem in stems]
     kept = stems if len(set(same)) == len(names) else [re.sub(r"\d+(?=\]$)", lambda digits: digits[0].zfill(4), name) for name in names]
     made = [quote(name, safe=" ").rstrip(" ") for name in kept]
+    made = [name if len(name) <= 200 else re.sub("%[0-9A-F]?$", "", name[:180]) + "-" + digest(name) for name in made]  # file systems take 255 bytes
     lower = [name.casefold() for name in made]
     reserved = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  # on Windows
     spelled = [re.sub("[A-Z]", lambda letter: f"%{ord(letter[0]):02X}", name) if lower.count(name.casefold()) > 1 else name for name in made]

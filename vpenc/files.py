@@ -7,7 +7,7 @@ __all__ = ['atomic', 'write_json', 'json_files', 'read_json', 'locked', 'digest'
            'run_children', 'memory_left', 'progress', 'did_you_mean']
 
 # %% ../nbs/00_files.ipynb #85643f35
-import contextlib, difflib, errno, hashlib, json, os, subprocess, sys, tempfile, time
+import contextlib, difflib, errno, hashlib, json, os, re, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,8 @@ def atomic(
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes private files; results are meant to be shared
         os.replace(temporary, path)
     except Exception as error:  # safetensors and h5py have error classes of their own
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        words = "No space left|unexpected pos|PytorchStreamWriter|requested and [0-9]+ written"  # HDF5's and safetensors', PyTorch's, NumPy's
+        if getattr(error, "errno", None) == errno.ENOSPC or re.search(words, str(error)):
             raise OSError(errno.ENOSPC, f"no space left on the disk while writing {path}; nothing was changed") from None
         raise
     finally:

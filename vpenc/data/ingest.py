@@ -340,7 +340,8 @@ def convert_videos(
     own = source_parts(videos, source) if test_share is None else {}
     split = own or split_videos(videos, .1 if test_share is None else test_share)
     videos = {name: video for name, video in videos.items() if name in split}
-    for video in videos.values(): video |= dict(file=os.path.abspath(video['file']), content=_content(video['file']))
+    content = functools.cache(_content)  # an array may hold thousands of videos
+    for video in videos.values(): video |= dict(file=os.path.abspath(video['file']), content=content(video['file']))
     _check_apart(source, videos, split, drawn=not own)
     parts = []
     for wanted in ('train', 'val', 'test'):

@@ -105,7 +105,9 @@ def _picture_frames(path):
     from PIL import Image, ImageSequence
     try:
         with Image.open(io.BytesIO(Path(path).read_bytes())) as image:  # of a TIFF by its name, Pillow turns the size but not the rows
-            if image.format not in ANIMATIONS or getattr(image, 'n_frames', 1) == 1: return [to_rgb(upright(image), path)]
+            pages = getattr(image, 'n_frames', 1)
+            if image.format == 'TIFF' and pages > 1: warnings.warn(f'{path}: only the first of its {pages} pages is read', stacklevel=2)
+            if image.format not in ANIMATIONS or pages == 1: return [to_rgb(upright(image), path)]
             frames, shown = [], []
             for frame in ImageSequence.Iterator(image):
                 frames.append(to_rgb(frame, path))

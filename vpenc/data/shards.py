@@ -6,7 +6,7 @@
 __all__ = ['ShardedClips', 'shard_paths', 'open_clips', 'write_shards', 'SimulatedClips', 'generate_shards']
 
 # %% ../../nbs/1_data/08_shards.ipynb #55500405
-import dataclasses, functools, glob, json, math
+import dataclasses, functools, glob, json, math, os
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ class ShardedClips(ClipStore):
         paths,  # HDF5 files, a folder of them, or a pattern such as 'clips/*.h5'
     ):
         self.files = shard_paths(paths)
+        self._where = [os.path.abspath(path) for path in self.files]  # they are opened later, perhaps from another folder
         self.path = Path(paths) if isinstance(paths, (str, Path)) else self.files[0].parent
         shards = [ClipStore(path) for path in self.files]
         self.splits = tuple(sorted({split for shard in shards for split in shard.splits}))
@@ -57,7 +58,7 @@ class ShardedClips(ClipStore):
     def __getstate__(self): return {**self.__dict__, "_open": {}}
 
     def _shard(self, number) -> ClipStore:
-        store = self._open.pop(number, None) or ClipStore(self.files[number])
+        store = self._open.pop(number, None) or ClipStore(self._where[number])
         self._open[number] = store  # the latest at the end
         if len(self._open) > self.open_files: self._open.pop(next(iter(self._open))).close()
         return store
@@ -99,7 +100,7 @@ def shard_paths(paths) -> list[Path]:
 def open_clips(data) -> ClipStore:
     "The clips in an HDF5 file, in a folder of such files, or in all files that a pattern like 'clips/*.h5' fits."
     if isinstance(data, ClipStore): return data
-    single = isinstance(data, (str, Path)) and not Path(data).is_dir() and not glob.has_magic(str(data))
+    single = isinstance(data, (str, Path)) and not Path(data).is_dir() and (Path(data).is_file() or not glob.has_magic(str(data)))
     return ClipStore(data) if single else ShardedClips(data)
 
 # %% ../../nbs/1_data/08_shards.ipynb #8af0c7f5

@@ -183,6 +183,8 @@ def _generate(path, job, processes, merge):
         shutil.rmtree(parts, ignore_errors=True)
     return path
 
+def _as_json(job): return json.dumps(job, default=lambda number: number.item())  # NumPy's numbers, of a seed
+
 def _free_cores(): return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 def _check_counts(counts, known, processes):
@@ -211,7 +213,7 @@ def generate_clips(
             for i in range(len(arrays['trajectory'])): yield {name: array[i] for name, array in arrays.items()}
     def merge(parts):
         splits = {s: trajectories([p for p in parts if p.name.startswith(f'{s}-')]) for s in counts}
-        write_clips(path, splits, dict(job=json.dumps(job), domain=config.domain, noise=config.noise, seed=config.seed))
+        write_clips(path, splits, dict(job=_as_json(job), domain=config.domain, noise=config.noise, seed=config.seed))
     return _generate(path, job, processes, merge)
 
 # %% ../../nbs/1_data/07_sim.ipynb #0e18a49c
@@ -236,5 +238,5 @@ def generate_labels(
             for name in loaded[0]: _put(file, name, np.concatenate([arrays[name] for arrays in loaded]))
             file['split'] = np.repeat(np.array(list(counts), 'S'), list(counts.values()))
             file.attrs.update(format='vpenc-labels-1', domain=config.domain, noise=config.noise, seed=config.seed,
-                              size=config.size, job=json.dumps(job))
+                              size=config.size, job=_as_json(job))
     return _generate(path, job, processes, merge)

@@ -203,6 +203,8 @@ class _Growing:
         dataset, end = self.file[name], self.frames + len(array)
         if dataset.shape[1:] != array.shape[1:]:
             raise ValueError(f'{name}: got rows of shape {array.shape[1:]}: those before have {dataset.shape[1:]}')
+        if array.dtype != dataset.dtype and dataset.dtype.kind in 'biu' and not np.array_equal(array.astype(dataset.dtype), array):
+            raise ValueError(f'{name}: trajectory {len(self.starts)} has {array.dtype} values that do not fit the {dataset.dtype} of those before')
         if self.total is None: dataset.resize(end, axis=0)
         elif end > self.total: raise ValueError(f'{name}: more than the {self.total} frames that were announced')
         dataset[self.frames:end] = array
@@ -245,7 +247,7 @@ def write_clips(
 class _ClipFile:
     "An HDF5 file of trajectories: opened lazily and once per process, checked, picklable."
     def __init__(self, path):
-        self.path = Path(path)
+        self.path, self._where = Path(path), os.path.abspath(path)  # it is opened later, perhaps from another folder
         self._file, self._process, self._maps = None, None, {}
         with self._open() as file, self._whole():
             self.splits = tuple(sorted(name[:-5] for name in file if name.endswith('_data')))  # e.g. ('test', 'train')
@@ -259,12 +261,13 @@ class _ClipFile:
     def _whole(self):
         "What HDF5 says of damaged datasets, as one line."
         try: yield
+        except FileNotFoundError: raise
         except (LookupError, OSError, RuntimeError, TypeError, AttributeError, MemoryError) as error:
             raise ValueError(f'{self.path} is damaged, or of another layout ({" ".join(str(error).split())})') from None
 
     def _open(self):
-        if not self.path.is_file(): raise FileNotFoundError(f'no such clip file: {self.path}')
-        try: return h5py.File(self.path, 'r')
+        if not os.path.isfile(self._where): raise FileNotFoundError(f'no such clip file: {self.path}')
+        try: return h5py.File(self._where, 'r')
         except OSError as error: raise ValueError(f'{self.path} is not a readable HDF5 file ({error})') from None
 
     def _read_starts(self, file, split):
@@ -301,7 +304,7 @@ class _ClipFile:
         if split not in self._maps:
             data = self.file[f'{split}_data']
             offset = None if self.file.userblock_size else data.id.get_offset()  # None for chunks, compressed or not
-            mapped = None if offset is None else np.memmap(self.path, np.uint8, 'r', offset, data.shape)
+            mapped = None if offset is None else np.memmap(self._where, np.uint8, 'r', offset, data.shape)
             self._maps[split] = mapped
         return self._maps[split]
 

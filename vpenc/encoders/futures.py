@@ -9,7 +9,7 @@ __all__ = ['FUTURES', 'CHANGED', 'Windows', 'cut_windows', 'load_windows', 'Vide
            'fvd', 'motion', 'changed', 'share_inside', 'verdict']
 
 # %% ../../nbs/4_encoders/03_futures.ipynb #db2baef2
-import math
+import math, zipfile, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def cut_windows(
 
 # %% ../../nbs/4_encoders/03_futures.ipynb #d01b43af
 def load_windows(
-    source="",  # '': simulated test clips; else .h5 of clips, .npz of videos, a video or GIF, an image or a folder of images
+    source="",  # '': simulated test clips; else .h5 of clips, .npz or .npy of videos, a video or GIF, an image or a folder of images
     length=8,  # frames in a window: those of the model's clips
     size=64,  # height and width that the model takes
     clips=4,  # clips (or images) at most
@@ -65,13 +65,13 @@ def load_windows(
 ) -> Windows:
     """Windows from any source, resized and cropped to `size`. ValueError or FileNotFoundError says what is wrong with a source.
 
-    The images of a folder are single frames. An .npz may hold several videos, uint8 (T,H,W,3) or (N,T,H,W,3).
+    The images of a folder are single frames. An array file may hold several videos, uint8 (T,H,W,3) or (N,T,H,W,3).
     """
     if clips < 1: raise ValueError(f"clips: at least 1 expected; got {clips}")
     if not starts or min(starts) < 0: raise ValueError(f"starts: frame numbers of 0 or more expected; got {tuple(starts)}")
     if not source: found = _simulated(clips, max(starts) + length, size)
     elif str(source).endswith((".h5", ".hdf5")): found = _stored(source, clips)
-    elif str(source).endswith(".npz"): found = _arrays(source)[:clips]
+    elif str(source).endswith((".npz", ".npy")): found = _arrays(source)[:clips]
     else: found = _pictures(source, size, clips)
     found = [(name, _resized(video, size), masks if video.shape[1:3] == (size, size) else None) for name, video, masks in found]
     return cut_windows(found, length, starts)
@@ -99,8 +99,9 @@ def _stored(path, clips):
 
 def _arrays(path):
     try:
-        with np.load(path, allow_pickle=False) as file: arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError) as error:
+        file = np.load(path, allow_pickle=False)
+        arrays = {Path(path).stem: file} if isinstance(file, np.ndarray) else {name: file[name] for name in file.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         if not Path(path).exists(): raise FileNotFoundError(f"no such file: {path}") from None
         raise ValueError(f"cannot read arrays of {path}: {error}") from None
     found = []
@@ -362,11 +363,18 @@ def next_code_bits(
     return tuple(torch.cat(found).unflatten(0, codes.shape[:2]) for found in (entropy, cost))
 
 # %% ../../nbs/4_encoders/03_futures.ipynb #55b2f6bf
+def _check_uint8(*videos):
+    "ValueError for pixels on another scale, which would give a number that looks right."
+    for video in videos:
+        if np.asarray(video).dtype != np.uint8: raise ValueError(f"video of {np.asarray(video).dtype}: expected uint8 in 0..255 (`vpenc.data.video.to_uint8` makes it)")
+
+
 def psnr(
     video,  # uint8 (...,T,H,W,3)
     truth,  # the same, or broadcastable to it
 ) -> np.ndarray:  # (...,T), dB
     "Peak signal-to-noise ratio of each frame; equal frames have 58.9 dB, the rounding error of uint8."
+    _check_uint8(video, truth)
     error = ((np.asarray(video, np.float32) - np.asarray(truth, np.float32)) ** 2).mean((-3, -2, -1))
     return 10 * np.log10(255**2 / np.maximum(error, 1 / 12))
 
@@ -440,6 +448,7 @@ def motion(
     video,  # uint8 (...,T,H,W,3)
 ) -> np.ndarray:  # (...,T-1), grey levels
     "Mean absolute difference of consecutive frames."
+    _check_uint8(video)
     return np.abs(np.diff(np.asarray(video, np.float32), axis=-4)).mean((-3, -2, -1))
 
 
@@ -448,6 +457,7 @@ def changed(
     threshold=CHANGED,  # grey levels, mean over colours
 ) -> np.ndarray:  # bool (...,H,W)
     "Pixels that differ between the first and the last frame by more than the threshold."
+    _check_uint8(video)
     video = np.asarray(video)
     return np.abs(video[..., -1, :, :, :].astype(np.float32) - video[..., 0, :, :, :]).mean(-1) > threshold
 

@@ -141,10 +141,12 @@ CLASSES = ("background", "robot", "toy")
 
 
 def pixel_classes(
-    instances,  # (N,H,W) integers: 0 bin, 1 robot, 2 and more toys; or masks, bool
+    instances,  # (N,H,W) integers: 0 bin, 1 robot, 2 and more toys; or masks, bool or 0 and 255
 ) -> np.ndarray:
-    "Indices into CLASSES, (N,H,W) int64."
-    return np.minimum(np.asarray(instances).astype(np.int64), 2)
+    "Indices into CLASSES, (N,H,W) int64. What holds 0 and 255 alone is a mask."
+    ids = np.asarray(instances).astype(np.int64)
+    if ids.max(initial=0) == 255 and np.isin(ids, (0, 255)).all(): ids = ids // 255
+    return np.minimum(ids, 2)
 
 
 def cell_classes(

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import nn
 
-from ..models.checkpoints import find_model, from_pretrained, load_vqvae, model_kind, push_to_hub, save_pretrained
+from ..models.checkpoints import find_device, find_model, from_pretrained, load_vqvae, model_kind, push_to_hub, save_pretrained
 from ..files import did_you_mean, digest, read_json
 from ..identity import Unidentified, identify, identify_structure, is_installed, tensor_digest
 from ..data.video import VALUE_RANGES, as_frames, convert_range
@@ -230,6 +230,8 @@ class ModuleEncoder(Encoder):
 
     def compute(self, frames):
         maps = self.model(frames)
+        if not all(torch.is_tensor(each) for each in (maps if isinstance(maps, (list, tuple)) else [maps])):
+            raise ValueError(f"{self.output}: the network gave a {type(maps).__name__}{' with ' + ', '.join(map(str, maps)) if isinstance(maps, dict) else ''}; expected a tensor (B,C,H,W) or a list of them")
         maps = [each.clone() for each in (maps if isinstance(maps, (list, tuple)) else [maps])]  # a network may write into the same memory again
         rows, columns = (pixels / cells for pixels, cells in zip(frames.shape[-2:], maps[-1].shape[-2:]))
         if max(rows, columns) > 1.15 * min(rows, columns):
@@ -623,7 +625,7 @@ def load_encoder(
     given = {name: value for name, value in dict(value_range=value_range, seed=seed).items() if value is not None}
     encoder = build(name, tap, weights, **given)
     encoder.trainable = False
-    return encoder.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return encoder.eval().to(find_device(device))
 
 
 def tap_all(

@@ -111,11 +111,11 @@ def floor_of(
     row,  # a row of the frame
     df,  # all rows
 ):
-    "The best floor row for `row` on the images that it was scored on (same protocol, data and labels; random twins of the same model), or None when the frame holds none."
+    "The best floor row for `row` on the images that it was scored on (same protocol, data and labels; random twins of the same model, fine-tuned if the row is), or None when the frame holds none."
     same = df[(df.protocol == row.protocol) & (df.fingerprint == row.fingerprint) & (df.labels == row.labels) & df.augment.isin([0, row.augment])]
     others = [other for _, other in same.iterrows() if (other.encoder, other["head"]) != (row.encoder, row["head"])]
     blind = [other for other in others if is_floor(other) and not other.encoder.startswith("random/")]
-    twins = [other for other in others if other.encoder == f"random/{row.encoder}" and other.weights == row.weights]
+    twins = [other for other in others if other.encoder == f"random/{row.encoder}" and other.weights == row.weights and bool(other.finetune) == bool(row.finetune)]
     twins = [other for other in twins if other["head"] == row["head"]] or twins
     return max((other for other in blind + twins if len(_common(row, other)[0])), key=lambda other: _common(row, other)[1].mean(), default=None)
 

@@ -6,8 +6,9 @@
 __all__ = ['STORAGES', 'LEGACY_MAGIC', 'LISTED', 'MODELS', 'GUESTS', 'HUB_FILES', 'DTYPES', 'StoredTensor', 'Inert',
            'SafeUnpickler', 'LightningFile', 'is_mask', 'vote', 'count', 'argument', 'vqvae_config', 'halvings',
            'clip_side', 'videogpt_config', 'resnet_sizes', 'fill', 'read_original', 'build_original', 'model_kind',
-           'model_files', 'save_pretrained', 'read_folder', 'model_homes', 'list_models', 'from_hub', 'find_model',
-           'from_pretrained', 'load_videogpt', 'load_vqvae', 'load_magvit', 'push_to_hub', 'attach', 'convert']
+           'model_files', 'save_pretrained', 'read_folder', 'model_homes', 'list_models', 'from_hub', 'find_device',
+           'find_model', 'from_pretrained', 'load_videogpt', 'load_vqvae', 'load_magvit', 'push_to_hub', 'attach',
+           'convert']
 
 # %% ../../nbs/2_models/06_checkpoints.ipynb #1a3edb4e
 import math
@@ -429,6 +430,17 @@ def from_hub(name):
     except Exception as error:  # of the Hub, of the network, of the disk
         reason = " ".join(str(error.__cause__ or error).split())
         raise FileNotFoundError(f"no model {name!r}: no such folder here, and the Hugging Face Hub does not give it ({reason[:200]})") from None
+
+
+def find_device(
+    name=None,  # 'cpu', 'cuda', 'cuda:1', ...; None: CUDA when present
+) -> torch.device:
+    "The device of that name; ValueError, in one line, for one that is not there."
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try: device = torch.device(name or ("cuda" if gpus else "cpu"))
+    except RuntimeError: raise ValueError(f"device: unknown {name!r}; expected 'cpu', 'cuda' or 'cuda:1'") from None
+    if device.type == "cuda" and (device.index or 0) >= gpus: raise ValueError(f"device: there is no {device}: this PyTorch sees {gpus} GPUs; 'cpu' works everywhere")
+    return device
 
 
 def find_model(path_or_name):

@@ -22,15 +22,21 @@ def _check(probability, masks):
     return probability, masks.astype(bool)
 
 
+def _binary(predicted, masks) -> tuple:
+    "Both as bool; ValueError for probabilities, and for unequal shapes."
+    for what, values in (("predicted", np.asarray(predicted)), ("masks", np.asarray(masks))):
+        if values.dtype.kind == "f" and not np.isin(values, (0, 1)).all(): raise ValueError(f"{what}: probabilities or logits given; expected masks, such as probability >= .5")
+    predicted, masks = np.asarray(predicted, bool), np.asarray(masks, bool)
+    if predicted.shape != masks.shape: raise ValueError(f"predictions are {predicted.shape}, masks {masks.shape}; expected equal shapes")
+    return predicted, masks
+
+
 def iou_per_image(
     predicted,  # (N,H,W) bool
     masks,  # (N,H,W) bool
 ) -> np.ndarray:
     "Intersection over union of each image, (N,); 1 where both are empty."
-    for what, values in (("predicted", np.asarray(predicted)), ("masks", np.asarray(masks))):
-        if values.dtype.kind == "f" and not np.isin(values, (0, 1)).all(): raise ValueError(f"{what}: probabilities or logits given; expected masks, such as probability >= .5")
-    predicted, masks = np.asarray(predicted, bool), np.asarray(masks, bool)
-    if predicted.shape != masks.shape: raise ValueError(f"predictions are {predicted.shape}, masks {masks.shape}; expected equal shapes")
+    predicted, masks = _binary(predicted, masks)
     both, either = (predicted & masks).sum((1, 2)), (predicted | masks).sum((1, 2))
     return np.where(either == 0, 1., both / np.maximum(either, 1))
 
@@ -51,7 +57,7 @@ def boundary_f(
     from scipy.ndimage import binary_dilation, generate_binary_structure, iterate_structure
     if tolerance < 0: raise ValueError(f"tolerance: {tolerance}; expected a number of pixels from 0")
     ball = iterate_structure(generate_binary_structure(2, 2), tolerance)[None] if tolerance else np.ones((1, 1, 1), bool)
-    predicted, masks = np.asarray(predicted, bool), np.asarray(masks, bool)
+    predicted, masks = _binary(predicted, masks)
     found, true = _edges(predicted), _edges(masks)
     precision = (found & binary_dilation(true, ball)).sum((1, 2)) / np.maximum(found.sum((1, 2)), 1)
     recall = (true & binary_dilation(found, ball)).sum((1, 2)) / np.maximum(true.sum((1, 2)), 1)

@@ -32,6 +32,7 @@ class Target:
     name, main, higher = "", "", True  # `main`: the score that is reported first; `higher`: whether more is better
     outputs = 1  # channels of the head
     needs = ""  # the array of the labels that it reads
+    last = None  # the axes of that array after (N,H,W): (), or (2,) for two channels; None: any
     start = 0.  # standard deviation of what is added to a head's first weights
     slow = False  # whether `measure` takes long: then the validation loss chooses the epoch, and the score only among candidates
 
@@ -65,7 +66,8 @@ class Target:
         if value is None:
             raise ValueError(f"{labelled.name}: target {self.name!r} needs an array {self.needs!r}; this file has {', '.join(['masks', *labelled.extras])}")
         value = np.asarray(value)
-        if value.shape[:3] != labelled.masks.shape: raise ValueError(f"{labelled.name}: {self.needs} has shape {value.shape}; expected {labelled.masks.shape} first")
+        expected = (*labelled.masks.shape, *(value.shape[3:] if self.last is None else self.last))
+        if value.shape != expected: raise ValueError(f"{labelled.name}: {self.needs} has shape {value.shape}; expected {expected}")
         ids = value.dtype.kind in "iub"
         bad = ~((value >= 0) & (value < 2**24)) if ids else ~np.isfinite(value)
         if bad.any():
@@ -103,7 +105,7 @@ class MaskTarget(Target):
 class SemanticTarget(Target):
     "Bin, robot, toy: a logit each; `miou`: mean IoU over the classes that occur in the picture."
 
-    name, main, needs, outputs = "semantic", "miou", "instances", 3
+    name, main, needs, outputs, last = "semantic", "miou", "instances", 3, ()
     classes = ("bin", "robot", "toy")
 
     def truth(self, labelled): return torch.from_numpy(np.minimum(self.array(labelled), 2).astype(np.float32))[:, None]
@@ -132,7 +134,7 @@ class SemanticTarget(Target):
 class ClassesTarget(SemanticTarget):
     "Classes of one's own, `classes:robot,cup`: labels in an array `classes`, 0 for none of them, then in the order of the names."
 
-    needs = "classes"
+    needs, last = "classes", ()
 
     def __init__(self, names):
         names = [name.strip() for name in names]
@@ -148,7 +150,7 @@ class ClassesTarget(SemanticTarget):
 class DepthTarget(Target):
     "Metres: one value, the logarithm; `abs_rel`, `rmse` (metres) and `delta` (share of pixels within a factor 1.25)."
 
-    name, main, higher, needs = "depth", "abs_rel", False, "depth"
+    name, main, higher, needs, last = "depth", "abs_rel", False, "depth", ()
 
     def truth(self, labelled):
         depth = torch.from_numpy(self.array(labelled).astype(np.float32))[:, None]
@@ -170,7 +172,7 @@ class DepthTarget(Target):
 class MotionTarget(Target):
     "Pixels (right, down) to the next frame: two values; `epe`: mean end-point error of the moving pixels, in pixels."
 
-    name, main, higher, needs, outputs = "motion", "epe", False, "flow", 2
+    name, main, higher, needs, outputs, last = "motion", "epe", False, "flow", 2, (2,)
     least = .5  # pixels that a moving pixel moves at least
 
     def truth(self, labelled): return torch.from_numpy(self.array(labelled).astype(np.float32)).permute(0, 3, 1, 2).contiguous()
@@ -197,7 +199,7 @@ class MotionTarget(Target):
 class InstanceTarget(Target):
     "Object ids: a logit and a vector of 6 numbers for each pixel; `f50` and `fg_ari` of each picture; `decode` gives int ids (N,H,W), 0 for none."
 
-    name, main, needs, outputs = "instances", "f50", "instances", 7
+    name, main, needs, outputs, last = "instances", "f50", "instances", 7, ()
     start, slow = .1, True  # equal vectors feel no push
     pull, push = .5, 1.5  # distances: within an object, and half of that between means
 

@@ -138,9 +138,9 @@ def fitting(name: str, value, old):
     elif isinstance(old, float): fits, value = number(value), float(value) if number(value) else value
     elif isinstance(old, str): fits = isinstance(value, str)
     else:  # a tuple, or None
-        fits = value is None and name == "minutes" or number(value) and name in PER_STAGE
+        whole = bool(old) and all(isinstance(v, int) for v in old)
+        fits = value is None and name == "minutes" or number(value) and name in PER_STAGE and (isinstance(value, int) or not whole)
         if isinstance(value, tuple):
-            whole = bool(old) and all(isinstance(v, int) for v in old)
             fits = all(number(v) and (isinstance(v, int) or not whole) for v in value)
     if not fits: raise ValueError(f"{name}: a value such as {old} expected; got {value!r}")
     return value

@@ -20,7 +20,8 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
-from ..files import atomic, progress
+from ..files import atomic, did_you_mean, digest, progress
+from ..models.checkpoints import find_device
 
 # %% ../../nbs/3_training/01_loop.ipynb #5ce492b4
 @contextlib.contextmanager
@@ -61,7 +62,7 @@ class Team:
     ):
         self.size, self.rank, self.accelerator = int(os.environ.get("WORLD_SIZE", 1)), 0, None
         if self.size > 1: self._join(device == "cpu" or not torch.cuda.is_available())
-        else: self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        else: self.device = find_device(device)
 
     def _join(self, cpu):
         try: from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -233,7 +234,7 @@ class Log:
     def _wandb(self, project):
         try: import wandb
         except ImportError: raise ImportError("wandb is not installed: pip install wandb, or train without --wandb") from None
-        return wandb.init(project=project, dir=str(self.out), id=self.out.resolve().name, resume="allow")
+        return wandb.init(project=project, dir=str(self.out), name=self.out.resolve().name, id=digest(str(self.out.resolve())), resume="allow")  # another folder of this name is another run
 
     def resume(self, stage: str, step: int):
         "Drop what was logged of `stage` after `step`."
@@ -303,6 +304,11 @@ class Plan:
     precision: str = "auto"
     every: int = 100  # steps between two validations, each followed by a checkpoint
     seed: int = 0
+
+    def __post_init__(self):
+        if self.precision not in PRECISIONS: raise ValueError(f"precision: unknown {self.precision!r}{did_you_mean(self.precision, PRECISIONS)}")
+        for name in ("accumulate", "every"):
+            if getattr(self, name) < 1: raise ValueError(f"{name}: {getattr(self, name)}; expected a whole number from 1")
 
     def shares(self, step: int, count: int, team: Team) -> list[list[int]]:
         "The windows of this process in each micro-batch of `step`."
@@ -423,9 +429,9 @@ class Stopped(KeyboardInterrupt):
 class Stop:
     "Whether training should stop: after `minutes`, or once SIGTERM or SIGUSR1 has come."
     def __init__(self, minutes: float | None = None):
-        self.deadline, self.asked, self.before = minutes and time.monotonic() + 60 * minutes, False, {}
+        self.deadline, self.asked, self.before = None if minutes is None else time.monotonic() + 60 * minutes, False, {}
 
-    def __bool__(self): return self.asked or bool(self.deadline) and time.monotonic() > self.deadline
+    def __bool__(self): return self.asked or self.deadline is not None and time.monotonic() >= self.deadline
 
     def _ask(self, *_): self.asked = True
 

@@ -89,6 +89,7 @@ def _codes_stage(objective, resnet, head, store, vqvae, out, team) -> Stage:
 
 def _labels_stage(network, learner, head, frames, masks) -> Stage:
     "`network`: frames in [-.5, .5] -> (B,C,h,w); `learner`: the module in it whose weights are trained."
+    if len(frames) != len(masks) or not np.isin(masks, (0, 1)).all(): raise ValueError(f"labels: {len(frames)} frames, {len(masks)} masks with values up to {np.max(masks):.4g}; expected as many masks, of 0 and 1")
     frames, masks = torch.from_numpy(np.asarray(frames)), torch.from_numpy(np.asarray(masks, np.float32))
     nn.init.constant_(head.bias, float(masks.mean().clamp(1e-3, .5).logit()))  # the odds of the foreground
     learner.requires_grad_(True)

@@ -106,11 +106,15 @@ def pretrain(
     own = FAMILIES[family]
     if stage not in (None, *own.parts): raise ValueError(f"stage: unknown {stage!r}{did_you_mean(stage, own.parts)}")
     config, given = own.configure(preset, **changes), from_pretrained(init) if init else None
-    if given: config = replace(config, model=own.initial(config, given))
+    if given:
+        asked, config = config, replace(config, model=own.initial(config, given))
+        _check_kept(asked.model, config.model, changes)
+    if config.validation_clips < 1: raise ValueError(f"validation_clips: {config.validation_clips}; expected at least 1")
     out, store, team = Path(out), open_clips(data), Team(device)
     first = own.parts[0]  # name of the tokenizer's stage, and of its folder
     folder = Path(folder) if folder else out/(first if stage == first else "model")
     for name in config.stages: config.plan(name).check(team)
+    _check_size(store, config.tokens.resolution)
     workers = usual_workers(team.device) if workers is None else workers
     with locked(out/"run") if team.main else contextlib.nullcontext(), Stop(stop_after) as stop:
         if team.main: claim_folder(out, config, digest(*given.state_dict().values()) if given else None, clips_key(store))
@@ -119,7 +123,8 @@ def pretrain(
         log = Log(out, tensorboard, wandb) if team.main else Log(out, tensorboard=False)
         run = dict(team=team, log=log, stop=stop, workers=workers)
         tokens = _first_stage(own, store, config, out, stage, given, run)
-        if team.main and not (out/first/"config.json").exists(): save_pretrained(tokens, out/first, dtype=torch.float32)
+        for each in {out/first, folder} if stage == first else {out/first}:
+            if team.main and not (each/"config.json").exists(): save_pretrained(tokens, each, dtype=torch.float32)
         if stage != first:
             def export(trained, finished=False):
                 if team.main: export_model(trained, folder, config, out, preset, store, finished, init, given)
@@ -131,8 +136,26 @@ def pretrain(
     return folder
 
 
+def _check_kept(asked, kept, changes):
+    "ValueError when a setting of the architecture was given that the model of `init` decides."
+    parts = lambda model: [model, *(getattr(model, name) for name in ("vqvae", "vq", "transformer") if hasattr(model, name))]
+    for name in changes:
+        for wanted, there in zip(parts(asked), parts(kept)):
+            if hasattr(wanted, name) and name not in ("model", "vqvae", "vq", "transformer") and getattr(wanted, name) != getattr(there, name):
+                raise ValueError(f"{name}: {getattr(wanted, name)} given, but the model of init has {getattr(there, name)}, and keeps it")
+
+
+def _check_size(store, size):
+    "ValueError when the clips are of another size than the model."
+    for split in ("train", "test"):
+        if split not in store.splits or not store.count(split): continue
+        height, width = store.clip(split, 0, 0, 1).shape[1:3]
+        if (height, width) != (size, size):
+            raise ValueError(f"{store.path}: pictures of {height}x{width}, the model takes {size}x{size}; convert them with --size {size}, or --set resolution={height}")
+
+
 def _is_finished(out, folder, stage, first) -> bool:
-    if stage == first: return (out/first/"model.safetensors").exists()
+    if stage == first: return all((each/"config.json").exists() for each in (out/first, folder))  # written last
     return (out/"finished.json").exists() and (folder/"model.safetensors").exists()
 
 
@@ -147,8 +170,12 @@ def _first_stage(family, store, config, out, stage, given, run):
 
 
 def clips_key(store: ClipStore) -> dict:
-    "What tells the clips of a run: of each split their number, and a digest of the first and the last."
-    return {split: [store.count(split), digest(store.clip(split, 0), store.clip(split, store.count(split) - 1))] for split in store.splits if store.count(split)}
+    "What tells the clips of a run: of each split their number, a digest of the first and the last, and one of the first frames of (at most) 200 in between."
+    def key(split):
+        count = store.count(split)
+        some = np.unique(np.linspace(0, count - 1, 200).astype(int))
+        return [count, digest(store.clip(split, 0), store.clip(split, count - 1)), digest(*(store.clip(split, i, 0, 1) for i in some.tolist()))]
+    return {split: key(split) for split in store.splits if store.count(split)}
 
 
 def claim_folder(out: Path, config, init: str | None = None, clips: dict | None = None):
@@ -157,6 +184,7 @@ def claim_folder(out: Path, config, init: str | None = None, clips: dict | None 
     if not (out/"config.json").exists(): return write_json(out/"config.json", plain)
     there = read_json(out/"config.json")
     if there.get("clips") is None: there["clips"] = plain["clips"]  # of a run from before clips were noted
+    if there["clips"]: there["clips"] = {split: [*noted, *(plain["clips"] or {}).get(split, [])[len(noted):]] for split, noted in there["clips"].items()}  # or noted in less detail
     for k in plain:
         if plain[k] != there.get(k):
             raise ValueError(f"{out} holds a run with {k}={there.get(k)}, not {plain[k]}; choose another folder to train anew")
@@ -176,7 +204,7 @@ def model_card(config, rows: list[dict], preset: str, store: ClipStore, finished
         f"{tokens.sequence_length} frames as {tokens.n_codes} discrete codes. "
         f"Load it with `load_{name}(folder)`. Input: frames in {'[0, 1]' if name == 'magvit' else '[-.5, .5]'}.\n",
         f"- data: {store.count('train')} training and {store.count('test')} test clips of `{Path(store.path).name}`"
-        + (" (simulated stand-in for BAIR Robot Pushing, no real video)" if "sim" in Path(store.path).name else ""),
+        + (" (simulated stand-in for BAIR Robot Pushing, no real video)" if "domain" in store.attrs else ""),
         f"- made by: `vpenc pretrain{' --model magvit' * (name == 'magvit')} --preset {preset}`" + (f" with {changed}" if changed else "")
         + f", seed {config.seed}; " + (f"parallel code prediction {'on' if config.parallel else 'off'}, " if name == "videogpt" else "")
         + f"aligned start {'on' if config.aligned else 'off'}, "

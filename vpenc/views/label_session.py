@@ -6,7 +6,7 @@
 __all__ = ['COLORS', 'UNDOS', 'Footage', 'read_footage', 'frame_keys', 'LabelSession', 'moving', 'propose_motion', 'LabelProbe']
 
 # %% ../../nbs/7_views/07_label_session.ipynb #8c82b738
-import os, secrets, warnings
+import os, secrets, warnings, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +57,7 @@ def read_footage(
     if every < 1 or (clips is not None and clips < 1): raise ValueError(f"every is {every}, clips is {clips}: expected 1 or more")
     if isinstance(source, Footage): return source
     if isinstance(source, LabelledFrames): return _labelled_footage(source)
+    if type(source).__module__.split(".")[0] == "torch": source = source.detach().cpu().numpy()
     if isinstance(source, np.ndarray):
         films = source if source.ndim == 5 else [source]
         return Footage.join(films[:clips], range(len(films[:clips])), "array", every)
@@ -123,7 +124,7 @@ def _read_path(path, size, clips, every, split, trajectory, category) -> Footage
 def _clips_in(path):
     "The array of clips (B,T,H,W,3) in an .npy or .npz, None when it holds something else."
     try: loaded = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError): return None  # `read_pictures` says what is wrong with it
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile): return None  # `read_pictures` says what is wrong with it
     arrays = [loaded] if isinstance(loaded, np.ndarray) else [loaded[name] for name in loaded.files]
     return arrays[0] if len(arrays) == 1 and arrays[0].ndim == 5 else None
 
@@ -158,7 +159,10 @@ class LabelSession:
         self.keys = frame_keys(self.footage.frames)
         self.number = {key: i for i, key in enumerate(self.keys)}
         self._open([classes] if isinstance(classes, str) else list(classes))
+        self._stamps = [self._stamp(i) for i in range(len(self.keys))]  # when each mask was written, as far as this session knows
         self.states = [self._read(key) for key in self.keys]  # uint8 (H, W) of class numbers; None: not labelled
+        others = {path.stem for path in (self.folder/"masks").glob("*.png")} - set(self.keys)
+        if others and not self.done: warnings.warn(f"{self.folder}: its {len(others)} masks are of frames that {self.footage.name} does not have (another size, or another source?)", stacklevel=2)
         self._past, self._future = [[] for _ in self.keys], [[] for _ in self.keys]
         self.proposers = {}  # name -> function of (session, index) that gives a bool mask of one class, or class numbers (H, W)
         if self.footage.labels is not None and not any(state is not None for state in self.states): self._take(self.footage.labels)
@@ -219,15 +223,29 @@ class LabelSession:
                 picture.save(file, "PNG", compress_level=1)
                 file.flush()
                 os.fsync(file.fileno())
-        self.states[index] = state
+        self.states[index], self._stamps[index] = state, self._stamp(index)
+
+    def _stamp(self, index):
+        "When the mask of a frame was written; None when there is none."
+        try: return self.path(index).stat().st_mtime_ns
+        except FileNotFoundError: return None
+
+    def refresh(self, index=None):
+        "Read the masks that another session (an old notebook, say) has saved meanwhile: of one frame, or of all. What was here can be taken back."
+        for i in range(len(self.keys)) if index is None else [index]:
+            if (now := self._stamp(i)) == self._stamps[i]: continue
+            self._past[i], self._future[i] = [*self._past[i], self.states[i]][-UNDOS:], []
+            self.states[i], self._stamps[i] = self._read(self.keys[i]), now
 
     @property
     def done(self) -> int:
         "Number of labelled frames."
+        self.refresh()
         return sum(state is not None for state in self.states)
 
     def ids(self, index) -> np.ndarray:
         "Class numbers of a frame, uint8 (H, W), 0 everywhere when it is not labelled."
+        self.refresh(index)
         state = self.states[index]
         return np.zeros(self.footage.frames.shape[1:3], np.uint8) if state is None else state.copy()
 
@@ -244,6 +262,7 @@ class LabelSession:
 # %% ../../nbs/7_views/07_label_session.ipynb #411cc00e
 def _paint(self: LabelSession, index, ids):
     "Replace the mask of a frame: class numbers (H, W), or a bool mask of the first class. ValueError when it does not fit."
+    self.refresh(index)
     ids, before = np.asarray(ids), self.states[index]
     if ids.dtype.kind not in "biu" and not (ids.dtype.kind == "f" and (ids == np.floor(ids)).all()): raise ValueError(f"mask of {ids.dtype}; expected class numbers, or bool (probabilities are to be cut first)")
     if ids.shape != self.footage.frames.shape[1:3] or ids.min(initial=0) < 0 or ids.max(initial=0) > len(self.classes):
@@ -265,6 +284,7 @@ def _draw(self: LabelSession, index, mask, name=None):
 
 
 def _step(self, index, source, target) -> bool:
+    self.refresh(index)
     if not source[index]: return False
     now = self.states[index]
     self._write(index, source[index][-1])
@@ -298,6 +318,7 @@ def _beside(self: LabelSession, index) -> tuple:
 
 def _copy(self: LabelSession, index):
     "Take the mask of the frame before; ValueError when there is none."
+    self.refresh()
     before = self.before(index)
     if before is None: raise ValueError("this is the first frame of its clip: there is no mask to copy")
     if self.states[before] is None: raise ValueError("the frame before is not labelled: there is no mask to copy")
@@ -306,6 +327,7 @@ def _copy(self: LabelSession, index):
 
 def _next_unlabelled(self: LabelSession, index=-1):
     "Index of the next frame without a label after `index`, from the start again at the end; None when all are labelled."
+    self.refresh()
     order = [(index + 1 + i) % len(self) for i in range(len(self))]
     return next((i for i in order if self.states[i] is None), None)
 
@@ -378,6 +400,7 @@ def _fit_probe(
     from vpenc.probing.probe import encode, fit_probe, inner_split
     from vpenc.probing.targets import fit_target
     if target not in ("mask", "classes"): raise ValueError(f"target: {target!r}; a session holds masks and classes: expected 'mask' or 'classes'")
+    self.refresh()
     number, labelled = self.number_of(name), [i for i, state in enumerate(self.states) if state is not None]
     masks = np.array([self.states[i] == number for i in labelled])
     if len(labelled) < 2 or not masks.any():
@@ -422,6 +445,7 @@ def _labels(
     seed=0,  # of the draw
 ) -> LabelledFrames:
     "The labelled frames; `extras`: `frame` (index in the clip) and `classes` (all class numbers). ValueError when there are none."
+    self.refresh()
     names = self.classes[:1] if classes is None else [classes] if isinstance(classes, str) else list(classes)
     chosen, labelled = [self.number_of(name) for name in names], [i for i, state in enumerate(self.states) if state is not None]
     if not labelled: raise ValueError(f"{self.folder}: no frame is labelled yet")

@@ -75,7 +75,10 @@ def overlay(
     alpha=.45,  # strength of the tint
 ) -> np.ndarray:
     "The frame with the mask tinted and outlined: (H,W,3) floats in [0,1]. ValueError when the sizes differ."
-    frame, mask = np.asarray(frame), np.asarray(mask).astype(bool)
+    frame, mask = np.asarray(frame), np.asarray(mask)
+    if mask.dtype.kind == "f" and not np.isin(mask, (0, 1)).all(): raise ValueError("overlay: probabilities given; expected a mask, such as probability >= .5")
+    if frame.dtype.kind == "f" and frame.max(initial=0) > 1.001: raise ValueError(f"overlay: the frame has floats up to {frame.max():.4g}; expected floats in [0, 1], or uint8")
+    mask = mask.astype(bool)
     if frame.shape[:2] != mask.shape:
         raise ValueError(f"overlay: frame is {frame.shape[:2]} but mask is {mask.shape}; expected equal sizes")
     picture = frame / 255. if frame.dtype == np.uint8 else frame.astype(float)
