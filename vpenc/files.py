@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['atomic', 'write_json', 'json_files', 'read_json', 'locked', 'digest', 'file_sha256', 'project_root', 'data_home',
-           'run_children', 'memory_left', 'progress', 'did_you_mean']
+           'run_children', 'memory_left', 'free_cores', 'progress', 'did_you_mean']
 
 # %% ../nbs/00_files.ipynb #85643f35
 import contextlib, difflib, errno, hashlib, json, os, re, subprocess, sys, tempfile, time
@@ -165,6 +165,11 @@ def memory_left() -> float:
     return max(0, min(left))
 
 # %% ../nbs/00_files.ipynb #c802f72f
+def free_cores() -> int:
+    "Processor cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def progress(
     iterable=None,  # what to loop over (None: call `.update()` yourself)
     desc="",  # what is being done

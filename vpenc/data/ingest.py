@@ -14,7 +14,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from ..files import digest, file_sha256, locked, progress, read_json, run_children, write_json
+from ..files import digest, file_sha256, free_cores, locked, progress, read_json, run_children, write_json
 from .pictures import FILMS, PICTURES, by_number, frames_in, is_animated, pictures_of, read_video, walk
 from .video import ClipStore, as_frames, to_uint8, write_clips
 
@@ -92,7 +92,7 @@ def build_store(
         for file in folder.iterdir():
             if file.name not in (*parts, 'job.json'): file.unlink(missing_ok=True)  # half-written, or of files that have changed
         missing = [name for name in parts if not (folder / name).exists()]
-        workers = min(jobs or _free_cores(), len(missing))
+        workers = min(jobs or free_cores(), len(missing))
         with progress(desc=f'converting for {path.name}', total=len(parts), initial=len(parts) - len(missing)) as bar:
             if workers > 1: _run_workers(folder, missing, workers, bar)
             elif workers: _work(folder, missing, each=bar.update)
@@ -114,7 +114,7 @@ def _check_same(where, found, wanted):
     differ = ', '.join(f'{k}: {found.get(k)} there, {wanted.get(k)} wanted' for k in found | wanted if found.get(k) != wanted.get(k))
     raise ValueError(f'{where} holds another set ({differ}): remove it or choose another path')
 
-def _free_cores(): return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
 
 # %% ../../nbs/1_data/04_ingest.ipynb #d1f50e63
 ARRAYS = ('.npy', '.npz')

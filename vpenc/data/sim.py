@@ -14,7 +14,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from ..files import atomic, did_you_mean, locked, progress, read_json, run_children, write_json
+from ..files import atomic, did_you_mean, free_cores, locked, progress, read_json, run_children, write_json
 from .render import View
 from .scene import BEFORE, DOMAINS, PLAIN, SPLITS, TEST_OFFSET, Realism, SimConfig, World, stream, trajectory_id
 
@@ -53,7 +53,7 @@ def simulate(
     config: SimConfig = SimConfig(),
     split: str = 'train',  # 'train' or 'test': other trajectories, other toys
 ) -> SimClip:
-    "One clip with its annotations; the same arguments give the same bits."
+    "One clip with its annotations, without sensor noise; the same arguments give the same bits. ValueError for an unknown split, or an index outside 0 to 999,999."
     world, view = _start(index, config, split)
     frames = [_observe(world, view) for _ in range(config.frames)]
     fields = {name: np.stack([f[name] for f in frames]) for name in frames[0]}
@@ -172,7 +172,7 @@ def _generate(path, job, processes, merge):
         else: write_json(parts / 'job.json', job)
         plan = _plan(job)
         done = sum(len(items) for name, items in plan.items() if (parts / name).exists())
-        workers = min(processes or _free_cores(), sum(not (parts / name).exists() for name in plan))
+        workers = min(processes or free_cores(), sum(not (parts / name).exists() for name in plan))
         with progress(desc=f'simulating {path.name}', total=sum(job['counts'].values()), initial=done) as bar:
             if workers > 1: _run_workers(parts, workers, bar)
             elif workers: _work(parts, each=bar.update)
@@ -185,7 +185,6 @@ def _generate(path, job, processes, merge):
 
 def _as_json(job): return json.dumps(job, default=lambda number: number.item())  # NumPy's numbers, of a seed
 
-def _free_cores(): return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 def _check_counts(counts, known, processes):
     for name, n in counts.items():

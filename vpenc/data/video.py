@@ -346,7 +346,7 @@ class ClipStore(_ClipFile):
         return int(self._starts[split][i + 1] - self._starts[split][i])
 
     def trajectory(self, split, i):
-        "The id of trajectory `i`, unique over all splits (its number, in files without ids)."
+        "The id of trajectory `i`. Unique over all splits where the writer gave ids; else its number in its split, so that train 0 and test 0 share an id."
         self.length(split, i)
         return int(self._ids[split][i])
 

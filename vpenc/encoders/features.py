@@ -64,6 +64,7 @@ def join(
     features,  # list of FeatureMaps of one tap
 ) -> FeatureMap:
     "One FeatureMap of all their frames, in order."
+    if len(features) == 1: return features[0]
     levels = tuple(torch.cat(same) for same in zip(*(each.levels for each in features)))
     first = features[0]
     return FeatureMap(torch.cat([each.values for each in features]), first.stride, first.tap, first.fingerprint, levels)

@@ -120,7 +120,7 @@ def _pictures(path, size, clips):
 
 # %% ../../nbs/4_encoders/03_futures.ipynb #2de20c96
 class VideoGPTFutures:
-    "A VideoGPT as it is asked for futures here; codes (b,T',H',W')."
+    "Sampling futures from a VideoGPT; codes (b,T',H',W')."
     axes = 3  # of the codes of one clip
     known = "the codes before it"  # what each code is predicted from
 
@@ -157,7 +157,7 @@ class VideoGPTFutures:
 
 
 class IVideoGPTFutures:
-    "The same of an iVideoGPT; codes (b,L), those of the context included, of clips of `length` frames (16: the original's `inference/predict.py`)."
+    "Sampling futures from an iVideoGPT; codes (b,L) with those of the context, of clips of `length` frames (16, as `inference/predict.py`)."
     axes, value_range, known = 1, "unit", "the codes before it"
 
     def __init__(self, model: IVideoGPT, length=16):
@@ -227,7 +227,7 @@ def futures_of(
     model,  # of one of `FUTURES`, or what this function gave
     **options,  # `value_range` of a VideoGPT, `length` of an iVideoGPT
 ):
-    "A model as it is asked for futures; ValueError for one that has none."
+    "The adapter (VideoGPTFutures, IVideoGPTFutures, MagvitFutures) through which futures are sampled, encoded and decoded alike for every model; ValueError for other models."
     if type(model) in FUTURES.values(): return model
     if type(model).__name__ not in FUTURES: raise ValueError(f"{type(model).__name__} draws no futures; {' or '.join(FUTURES)} expected")
     return FUTURES[type(model).__name__](model, **options)

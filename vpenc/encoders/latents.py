@@ -31,7 +31,7 @@ def encode_taps(
     names=None,  # taps; None: all but the sampled codes
     batch=16,  # frames in one pass
 ) -> dict:
-    "Tap -> FeatureMap of all frames, on the CPU, from one pass; the levels of a tap are separate taps before it."
+    "Tap -> FeatureMap of all frames from one pass, on the CPU, float16 where `halved` allows it, else float32; the levels of a tap are separate taps before it."
     parts = {}
     for start in progress(range(0, len(frames), batch), f"all taps of {encoder.origin}{type(encoder.model).__name__}"):
         for name, features in encoder.taps(frames[start:start + batch], names).items():

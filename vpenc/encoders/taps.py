@@ -30,7 +30,7 @@ from ..models.videogpt import VideoGPT
 # %% ../../nbs/4_encoders/01_taps.ipynb #1520299e
 @dataclass
 class FeatureMap:
-    "Features of B frames, float32, with what identifies them."
+    "Features of B frames, float32 (float16 in parts from `encode_taps`), with what identifies them."
     values: torch.Tensor  # (B, T, C, H, W)
     stride: tuple  # (t, h, w): frames and pixels from one cell of `values` to the next; whole numbers where they are
     tap: str  # where they were taken, for example 'videogpt:resnet'
@@ -220,7 +220,7 @@ Encoder.unidentified = property(_unidentified, doc="Why the code cannot be told 
 
 # %% ../../nbs/4_encoders/01_taps.ipynb #dab2a92f
 class ModuleEncoder(Encoder):
-    "Any `nn.Module` from (B, 3, H, W) in `value_range` to maps (B, C, H, W) or (B, T, C, H, W), or a list of them."
+    "Any nn.Module from (B,3,H,W) in `value_range` (default [-0.5, 0.5]) to maps (B,C,H,W) or (B,T,C,H,W), or a list of them, finest first. ValueError for any other output."
 
     def __init__(self, tap=None, weights=None, **options):
         super().__init__(**options)
@@ -613,14 +613,15 @@ def load_encoder(
     name,  # 'videogpt:resnet', 'pixels', 'random/videogpt:codes', ...; a model's name or path; any nn.Module
     tap=None,  # which output, if the name does not say: 'resnet', 'hidden[2]', ...
     weights=None,  # the model that 'videogpt:', 'ivideogpt:', 'noise' and the like use: name, path or instance; None: the family's own choice
-    value_range=None,  # what VideoGPT is fed: 'centered' [-0.5, 0.5] (the default), or 'unit' [0, 1] as in the paper's code
+    value_range=None,  # what VideoGPT, 'pixels' and your own module receive: 'centered' [-0.5, 0.5] (the default), or 'unit' [0, 1] as in the paper's code; MAGVIT, iVideoGPT, hf and timm always receive [0, 1]
     seed=None,  # of random weights, of noise and of sampled codes (default 0)
     device=None,  # None: the GPU if there is one, else the CPU
 ) -> Encoder:
     """A frozen encoder; `encoder(frames)` gives a `FeatureMap`, `encoder.trainable = True` unfreezes it.
 
     A module is copied. A folder written by `Encoder.save_pretrained` holds its tap, value range and seed; arguments given
-    here override them. ValueError for an unknown name or tap, with the nearest known ones.
+    here override them. ValueError, with the nearest known names, for an unknown name, tap, value range or device;
+    FileNotFoundError for weights that are neither here nor on the Hub; ImportError when transformers, diffusers or timm is missing.
     """
     given = {name: value for name, value in dict(value_range=value_range, seed=seed).items() if value is not None}
     encoder = build(name, tap, weights, **given)

@@ -10,7 +10,7 @@ import contextlib, os, re, shutil, subprocess, threading, time
 from functools import partial
 from pathlib import Path
 
-from ..files import did_you_mean, locked, progress
+from ..files import did_you_mean, free_cores, locked, progress
 from .runner import Job, Outcome, environment, execute
 
 # %% ../../nbs/6_experiments/11_cluster.ipynb #55ce11eb
@@ -19,8 +19,7 @@ def run_one(
     notebook: Path,  # the analysis notebook, absolute
 ) -> str:
     "Run one job as a task of a cluster, on the cores that it was given; returns an empty string, or the reason of the failure."
-    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or own)
+    cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or free_cores())
     with locked(job.folder/".cluster"/job.name), environment(cores):
         return "" if job.done() else execute(job, notebook, threading.Event(), scratch=".cluster")
 

@@ -16,7 +16,7 @@ def tidy(
     mask,  # (H,W) bool
     smallest=12,  # pixels of a part that stays
 ) -> np.ndarray:
-    "The same without specks and holes."
+    "A mask without parts below `smallest` pixels and without holes."
     from scipy import ndimage
     opened = ndimage.binary_opening(mask, np.ones((2, 2)))
     parts, count = ndimage.label(opened)

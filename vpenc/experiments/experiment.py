@@ -6,10 +6,10 @@
 __all__ = ['PROTOCOLS', 'VALUE_RANGE', 'DOMAINS', 'ADAPTERS', 'TUNING', 'PAPER_TABLE1', 'TABLE1_TAPS', 'TABLE1_FLOORS', 'TAPS',
            'PROBES', 'MAGVIT', 'MAGVIT_TAPS', 'GRIDS', 'BLOCK', 'SAMPLED', 'KEPT', 'check_encoder', 'Experiment',
            'PaperRow', 'table1', 'magvit_rows', 'full', 'smoke', 'labels_path', 'make_labels', 'ensure_labels', 'Parts',
-           'parts_for', 'pieces', 'features_at', 'features_of_views', 'concatenate', 'Stopwatch', 'Fitted',
-           'fit_experiment', 'same_fit', 'load_labelled', 'blocks', 'code_of', 'fit_frozen', 'kept_probe', 'fit_tuned',
-           'recipe', 'result_of', 'finite', 'score', 'image_means', 'record', 'versions', 'peak_memory',
-           'run_experiment', 'Ranked', 'ranked', 'save_probe', 'save_with_row', 'Predictor']
+           'parts_for', 'pieces', 'features_at', 'features_of_views', 'Stopwatch', 'Fitted', 'fit_experiment',
+           'same_fit', 'load_labelled', 'blocks', 'code_of', 'fit_frozen', 'kept_probe', 'fit_tuned', 'recipe',
+           'result_of', 'finite', 'score', 'image_means', 'record', 'versions', 'peak_memory', 'run_experiment',
+           'Ranked', 'ranked', 'save_probe', 'save_with_row', 'Predictor']
 
 # %% ../../nbs/6_experiments/01_experiment.ipynb #8068dc25
 import copy, platform, re, secrets, time, warnings
@@ -56,13 +56,13 @@ class Experiment:
     finetune: bool = False  # train the encoder too
     loss: str = "bce"  # see `vpenc.probing.losses`
     optimizer: str = "adamw"  # or 'adam', 'sgd'
-    lr: float | None = None  # learning rate
-    weight_decay: float | None = None
-    epochs: int | None = None
-    encoder_lr: float | None = None  # with `finetune`: these four as in `vpenc.probing.probe.fine_tune`
-    layer_decay: float = 1.
-    freeze: str = ""
-    patience: int | None = None
+    lr: float | None = None  # peak learning rate; None: the head's recipe, which may try several
+    weight_decay: float | None = None  # None: the head's recipe
+    epochs: int | None = None  # of the head's fit, with `finetune` of the joint training; None: the recipe
+    encoder_lr: float | None = None  # with `finetune`: peak learning rate of the encoder's last layer; these four as in `vpenc.probing.probe.fine_tune`
+    layer_decay: float = 1.  # ratio of the rates of a layer and the next one, at most 1
+    freeze: str = ""  # 'norm', or names of layers, joined by +
+    patience: int | None = None  # epochs without a better validation IoU before it stops; None: never
     labels: int = 150  # maximum number of training frames (protocol 'corrected')
     test: int | None = None  # maximum number of test frames (protocol 'corrected'); None: all
     augment: int = 0  # changed views of each training frame beside itself (`vpenc.probing.augment`); 0: none (protocol 'corrected')
@@ -333,7 +333,7 @@ def parts_for(
 
 # %% ../../nbs/6_experiments/01_experiment.ipynb #1dd68516
 BLOCK = 128  # frames in a cached block
-SAMPLED = 50  # the same where codes are sampled, which is slow: as few frames as possible that nobody asked for
+SAMPLED = 50  # frames in a cached block where codes are sampled: small, since sampling is slow and a whole block is computed
 
 
 def pieces(
@@ -352,7 +352,7 @@ def features_at(
     cache=None,  # folder of cached features; the default when None
 ):
     "FeatureMap of some frames, from the blocks that hold them."
-    from vpenc.encoders.features import extract
+    from vpenc.encoders.features import extract, join
     found, maps = [], []
     sampled = encoder.tap.endswith("codes")  # in many small steps: as many frames at a time as there are
     for piece in pieces(labelled.split, SAMPLED if sampled else BLOCK):
@@ -361,24 +361,19 @@ def features_at(
         found.append(piece[wanted])
         maps.append(extract(encoder, labelled.frames[piece], cache, SAMPLED if sampled else 16).take(wanted))
     rows = {index: i for i, index in enumerate(np.concatenate(found).tolist())}
-    return concatenate(maps).take([rows[index] for index in np.asarray(indices).tolist()])
+    return join(maps).take([rows[index] for index in np.asarray(indices).tolist()])
 
 
 def features_of_views(encoder, labelled, indices, cache=None, light=None):
     "FeatureMap of some frames and, with a `Light`, of all their changed views, one view after the other."
+    from vpenc.encoders.features import join
     maps, shown = [features_at(encoder, labelled, indices, cache)], np.isin(labelled.split, np.unique(labelled.split[indices]))
     for view in range(light.views if light else 0):
         frames = labelled.frames.copy()
         frames[shown] = relight(frames[shown], light, view)
         maps.append(features_at(encoder, replace(labelled, frames=frames), indices, cache))
-    return concatenate(maps)
+    return join(maps)
 
-
-def concatenate(maps):
-    "Several FeatureMaps of one encoder as one."
-    if len(maps) == 1: return maps[0]
-    levels = tuple(torch.cat(same) for same in zip(*(each.levels for each in maps)))
-    return replace(maps[0], values=torch.cat([each.values for each in maps]), levels=levels)
 
 # %% ../../nbs/6_experiments/01_experiment.ipynb #d1eba73f
 class Stopwatch:
@@ -671,7 +666,8 @@ class Predictor:
     """Encoder and probe of a saved row: `predictor(frames)` gives probabilities (N,H,W) of uint8 frames (N,H,W,3).
 
     Of the probe of a target (`.target`, else None) it gives answers, as the target's `decode` does.
-    """
+
+    FileNotFoundError for another folder; ValueError for a damaged probe, a model of other weights, or frames of another size."""
 
     def __init__(
         self,

@@ -53,7 +53,8 @@ def forecast_scores(
     """`table`: a pandas DataFrame with a line for each step ahead: step, mean, best, still, going_on, and low and high of mean; `coverage`, `expected`, `clips`, `n`.
 
     `mean`, `best`: IoU over clips of the mean over n futures and of the best. The floors start from the true mask of the given frame. ValueError for shapes that do not fit.
-    """
+
+    `coverage`: share of the `judged` clips (the arm is visible in the truth and in all futures) whose true horizontal centre in the last frame lies between those of the n futures; `expected`: (n-1)/(n+1), what draws from the true distribution would give."""
     import pandas as pd
     futures, truth, before = (np.asarray(v, bool) for v in (futures, truth, before))
     if futures.ndim != 5 or truth.shape != (len(futures), *futures.shape[2:]) or before.shape != (len(futures), *futures.shape[3:]):

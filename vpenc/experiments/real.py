@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..encoders.features import join
 from ..encoders.taps import load_encoder
-from .experiment import VALUE_RANGE, Experiment, concatenate, features_at, features_of_views, fit_frozen, parts_for
+from .experiment import VALUE_RANGE, Experiment, _or_none, features_at, features_of_views, fit_frozen, parts_for
 from .results import label, markdown, real_caption, real_words
 from ..probing.heads import head_parameters
 from ..probing.metrics import bootstrap_interval, iou_per_image, paired_bootstrap
@@ -98,11 +99,11 @@ def few_shot(
             targets, val = [masks[mixed[0][2]]], (seen.take(given), masks[given])
             if not alone:
                 again = np.resize(given, len(judged))
-                val = concatenate([seen.take(again), transfer.memory["judged"]]), np.concatenate([masks[again], transfer.simulated.masks[judged]])
+                val = join([seen.take(again), transfer.memory["judged"]]), np.concatenate([masks[again], transfer.simulated.masks[judged]])
                 some = np.random.default_rng([seed, number, k]).permutation(len(simulated))[:max(k, DRAWS)]
                 mixed.append((known, len(simulated), some))
                 targets.append(transfer.simulated.masks[simulated[some]])
-            maps = concatenate([each.take(rows + count * view) for view in range(views) for each, count, rows in mixed])
+            maps = join([each.take(rows + count * view) for view in range(views) for each, count, rows in mixed])
             probe = fit_probe(
                 maps, np.concatenate(targets), row.head, val=val, views=views, seed=seed, batch=8,
                 epochs=EPOCHS["alone" if alone else "added"], start=None if alone else start, loss=row.loss, optimizer=row.optimizer,
@@ -129,9 +130,6 @@ def real_row(
     return dict(encoder=row.encoder, head=row.head, augment=row.augment, kind=kind, k=int(k), seeds=list(row.seeds), iou=float(values.mean()),
                 low=_or_none(low), high=_or_none(high), units=len(np.unique(real.trajectory)), per_seed=values.mean(1).tolist(),
                 per_image=np.round(values, 5).tolist(), parameters=head_parameters(transfer.probes[0].head))
-
-
-def _or_none(value): return None if value != value else float(value)
 
 
 def difference(

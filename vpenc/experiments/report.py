@@ -40,7 +40,7 @@ def inline(figure) -> str:
 
 
 def save_pdf(figure, path):
-    "The same figure as a PDF file."
+    "Write a Matplotlib figure as PDF."
     with atomic(path) as temporary: figure.savefig(temporary, format="pdf", metadata={"CreationDate": None})
 
 

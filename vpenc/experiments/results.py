@@ -261,7 +261,7 @@ def caption(
 def warnings(
     df,  # from `collect`
 ) -> list[str]:
-    "One warning for each sign that the numbers are invalid: a leak, a constant probe."
+    "One line for each noise row whose whole interval lies above the position prior of the same data (protocol 'corrected'): a sign of a leak. [] when there is none. (`words` marks constant probes.)"
     lines = []
     for fingerprint, rows in df[df.protocol == "corrected"].groupby("fingerprint", sort=False):
         prior = rows[(rows.encoder == "position") & (rows["head"] == "prior")]
@@ -327,7 +327,7 @@ table.vpenc { border-collapse: collapse; font: 13px sans-serif }
 
 
 def page(text, title, warned=()) -> str:
-    "The same as a self-contained HTML table."
+    "The table of `words` as self-contained HTML."
     row = lambda cells, tag="td": "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
     body = [row(COLUMNS, "th")]
     for section, rows in text.groupby("section", sort=False):
@@ -340,7 +340,7 @@ def page(text, title, warned=()) -> str:
 
 
 def latex(text, title, warned=()) -> str:
-    "The same as a booktabs table."
+    "The table of `words` as a LaTeX booktabs table."
     escape = lambda cell: "".join({"†": r"$^\dagger$", "‡": r"$^\ddagger$"}.get(c, "\\" + c if c in "%&_#$" else c) for c in cell)
     row = lambda cells: " & ".join(map(escape, cells)) + r" \\"
     body = [*(f"% {line}" for line in warned), r"\begin{table}", r"\centering\small",

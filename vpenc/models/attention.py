@@ -148,7 +148,7 @@ def attend(q, k, v, mask=None, causal=False, dropout=0.0):  # (B,heads,S,d)
 
 
 def attend_sparse(q, k, v, few):  # (B,heads,S,d); SparseBlocks of a grid that S is, or begins
-    """The same, each block of queries with its few blocks of keys.
+    """Sparse attention: each block of queries attends to the blocks in `few`.
 
     On a CPU one head of one clip at a time, which stays near the processor. Scores are not kept for the backward pass: it
     computes them again, so that training stores q, k and v alone.

@@ -233,7 +233,7 @@ def vqvae_config(file, prefix="", grid=None):
 
 
 def halvings(side, cells, most):
-    "By what a side was divided to give so many cells; the strongest that is possible, when it cannot be those."
+    "Downsampling factor of a side that has `cells` codes: side / cells if that is a power of two up to `most`, else the largest such factor that divides the side."
     powers = [2**i for i in range(most.bit_length() - 1, -1, -1)]
     fitting = [d for d in powers if side % d == 0]
     return next((d for d in fitting if side == d * (cells or 0)), fitting[0])
@@ -469,18 +469,24 @@ def from_pretrained(path_or_name, kind=None):
     raise ValueError(f"{path}: a {kind} expected; it holds a {type(model).__name__}")
 
 
-def load_videogpt(path_or_name) -> VideoGPT:
-    "VideoGPT with its VQ-VAE, from an original Lightning `.ckpt`, a folder, or a name such as `videogpt-sim`; eval mode, frozen."
+def load_videogpt(
+    path_or_name,  # folder, original Lightning .ckpt, name of a model in $VPENC_MODELS or the package, or 'owner/name' on the Hub
+) -> VideoGPT:
+    "VideoGPT with its VQ-VAE: float32, on the CPU, eval mode, frozen. FileNotFoundError when there is no such model, ValueError when it is damaged or another kind of model."
     return from_pretrained(path_or_name, "VideoGPT")
 
 
-def load_vqvae(path_or_name) -> VQVAE:
-    "VQ-VAE, from the same sources; of a VideoGPT, the one inside it."
+def load_vqvae(
+    path_or_name,  # folder, original Lightning .ckpt, name of a model in $VPENC_MODELS or the package, or 'owner/name' on the Hub
+) -> VQVAE:
+    "VQ-VAE (of a VideoGPT, the one inside it): float32, on the CPU, eval mode, frozen. FileNotFoundError when there is no such model, ValueError when it is damaged or another kind of model."
     return from_pretrained(path_or_name, "VQVAE")
 
 
-def load_magvit(path_or_name):
-    "`vpenc.models.magvit.Magvit` (tokenizer and transformer), from a folder or a name; eval mode, frozen."
+def load_magvit(
+    path_or_name,  # folder, name of a model in $VPENC_MODELS or the package, or 'owner/name' on the Hub
+):
+    "Magvit, tokenizer and transformer: float32, on the CPU, eval mode, frozen. FileNotFoundError when there is no such model, ValueError when it is damaged or another kind of model."
     return from_pretrained(path_or_name, "Magvit")
 
 

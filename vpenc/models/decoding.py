@@ -233,7 +233,7 @@ def cache_bytes(
 
 # %% ../../nbs/2_models/04_decoding.ipynb #a10989fe
 def draw(logits, temperature=1.0, top_k=None, generator=None, noise=None, uniform=None):
-    "One code per row of logits `(B,K)`; with `noise` `(B,K)` the largest of logits + noise, with `uniform` `(B,)` the one at that share."
+    "One code per row of logits (B,K), int64 (B,). `noise` (B,K): argmax of logits + noise; `uniform` (B,) in [0,1): inverts the cumulative distribution; else multinomial."
     if temperature < 1e-6: return logits.argmax(-1)  # the limit; dividing would overflow
     logits = logits.float() / temperature
     if top_k:

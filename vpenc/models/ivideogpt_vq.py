@@ -247,7 +247,7 @@ def to_patches(x, size):  # (N,Z,s,s) -> (N,p,p,size*size*Z)
 
 
 def from_patches(x, size):  # (N,p,p,size*size*Z) -> (N,Z,s,s)
-    "The inverse."
+    "The inverse of `to_patches`."
     x = x.unflatten(3, (size, size, -1))  # (N,p,p,size,size,Z)
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 

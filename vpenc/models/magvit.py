@@ -171,7 +171,7 @@ def commit_loss(
     smoothing: float = 1e-4,  # of the labels
     labels=None,
 ) -> dict:
-    "Scalars: `loss` in nats; `accuracy` of all codes, and `masked` of those that were [MASK]."
+    "COMMIT of MAGVIT (Yu et al. 2023, arXiv 2212.05199; released `mask_utils`). Scalars: `loss` in nats; `accuracy` of all codes, and `masked` of those that were [MASK]."
     n = math.prod(codes.shape[1:])
     unknown = lowest(scores, min(max(math.floor(n * rate), 1), n))
     inputs = commit_inputs(codes, still, unknown, transformer.config.mask)
@@ -202,7 +202,7 @@ def decode_steps(
     guidance: float = 0.0,  # logits + guidance * (logits - those without the frame)
     labels=None,  # int64 (B,)
 ):
-    "Yields after each step `(codes (B,T',H',W'), unknown)`: all codes as drawn so far, and which of them will be drawn again."
+    "Yields after each step `(codes (B,T',H',W'), unknown)`: all codes as drawn so far, and which of them will be drawn again. As the released `parallel_decode`. ValueError for steps below 1 or a temperature of 0."
     if steps < 1 or not temperature > 0: raise ValueError(f"steps: 1 or more, temperature: above 0 expected; got {steps}, {temperature}")
     mask, n = transformer.config.mask, math.prod(still.shape[1:])
     codes, unknown, left = torch.zeros_like(still), torch.ones_like(still, dtype=torch.bool), n

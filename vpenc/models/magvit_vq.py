@@ -328,7 +328,7 @@ class GridQuantizer(Quantizer):
 
 
 class FSQQuantizer(GridQuantizer):
-    "Finite scalar quantization."
+    "Finite scalar quantization (Mentzer et al. 2023, arXiv 2309.15505)."
 
     def __init__(self, config):
         self.steps = config.levels
@@ -349,7 +349,7 @@ class FSQQuantizer(GridQuantizer):
 
 
 class LFQQuantizer(GridQuantizer):
-    "Look-up-free quantization: log2(K) signs."
+    "Look-up-free quantization, log2(K) signs (MAGVIT-2, Yu et al. 2023, arXiv 2310.05737)."
 
     def __init__(self, config):
         self.steps = (2,) * int(math.log2(config.n_codes))
@@ -541,7 +541,7 @@ def discriminator_loss(real, fake):
 
 
 def r1_penalty(discriminator, clip, weight=10.0):
-    "`(logits (B,), weight * mean over clips of the squared norm of the logit's gradient)`; differentiable."
+    "R1 (Mescheder et al. 2018): `(logits (B,), weight * mean over clips of the squared norm of the logit's gradient)`; differentiable."
     with torch.enable_grad():
         clip = clip.detach().requires_grad_()
         logits = discriminator(clip)
@@ -550,7 +550,7 @@ def r1_penalty(discriminator, clip, weight=10.0):
 
 
 class LeCam(nn.Module):
-    "Squared distance of mean logits to the other kind's running mean, where they are beyond it; learns the means in train mode."
+    "LeCam regularisation (Tseng et al. 2021): relu(real - EMA of fake)^2 + relu(EMA of real - fake)^2 of mean logits; the EMAs are updated in train mode. Scalar."
 
     def __init__(self, decay=0.999):
         super().__init__()

@@ -334,7 +334,7 @@ class VQVAE(nn.Module):
         return self.pre_vq_conv(self.encoder(self._checked(clip)))
 
     def encode(self, clip):
-        "`(B,3,T,H,W)` -> codes, int64 `(B,T',H',W')`."
+        "Clip (B,3,T,H,W) in [-0.5, 0.5] -> codes, int64 (B,T',H',W'). ValueError for another shape or sides that `downsample` does not divide; the range is not checked."
         return self.codebook.nearest(self.encode_continuous(clip))
 
     def embed(self, codes):
@@ -342,7 +342,7 @@ class VQVAE(nn.Module):
         return self.codebook.lookup(codes)
 
     def decode(self, codes):
-        "Codes `(B,T',H',W')` -> clip `(B,3,T,H,W)`, not clamped."
+        "Codes (B,T',H',W') -> clip (B,3,T,H,W), about [-0.5, 0.5], not clamped."
         return self.decoder(self.post_vq_conv(self.embed(codes)))
 
     def forward(self, clip):

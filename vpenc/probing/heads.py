@@ -204,7 +204,7 @@ class GridLinear(nn.Module):
 
 
 class LightHead(Head):
-    "The paper's 'fc + conv' head."
+    "'fc + conv' of Table 1 (arXiv 2405.16382): linear, ReLU, transposed convolutions to logits (B,1,H,W). Dense on small grids (`GRID_LIMIT`); on wider maps a 1x1 convolution, since the dense layer would have 3.8e9 weights."
 
     def __init__(
         self,
@@ -239,7 +239,7 @@ class LightHead(Head):
 
 # %% ../../nbs/5_probing/01_heads.ipynb #c27ea174
 class AttentionHead(Head):
-    "The paper's 'attention + conv' head."
+    "'attention + conv' of Table 1: self-attention over the cells of the coarsest map (at most 240 wide), ReLU, transposed convolutions to logits (B,1,H,W). The residual is ours; protocol 'paper' has none."
 
     def __init__(
         self,
@@ -334,7 +334,7 @@ class UNetHead(Head):
 
 # %% ../../nbs/5_probing/01_heads.ipynb #f00aca70
 class HeavyHead(Head):
-    "The paper's 'fc + U-Net' head."
+    "'fc + U-Net' of Table 1: linear (dense on small grids, else per cell), ReLU, U-Net to logits (B,1,H,W)."
 
     def __init__(
         self,

@@ -29,14 +29,20 @@ def _overlap(logits, masks):
     return (probability * masks).sum(1), probability.sum(1), masks.sum(1)
 
 
-def dice(logits, masks):
-    "1 - soft Dice of each image, averaged (Milletari et al. 2016); 1 pixel is added to both areas so that empty masks count."
+def dice(
+    logits,  # (B,1,H,W)
+    masks,  # (B,1,H,W) floats, 0 or 1
+):
+    "Mean over images of 1 - (2 sum pg + 1) / (sum p + sum g + 1), p = sigmoid(logits): soft Dice after Milletari et al. 2016, whose denominator has squares. Scalar in [0, 1]; 0 for empty on empty."
     both, predicted, label = _overlap(logits, masks)
     return (1 - (2 * both + 1) / (predicted + label + 1)).mean()
 
 
-def jaccard(logits, masks):
-    "1 - soft IoU of each image, averaged."
+def jaccard(
+    logits,  # (B,1,H,W)
+    masks,  # (B,1,H,W) floats, 0 or 1
+):
+    "Mean over images of 1 - (sum pg + 1) / (sum p + sum g - sum pg + 1): soft IoU (Rahman and Wang 2016). Scalar in [0, 1]."
     both, predicted, label = _overlap(logits, masks)
     return (1 - (both + 1) / (predicted + label - both + 1)).mean()
 

@@ -51,9 +51,9 @@ def _edges(masks):
 def boundary_f(
     predicted,  # (N,H,W) bool
     masks,  # (N,H,W) bool
-    tolerance=1,  # pixels
+    tolerance=1,  # pixels, in rows and in columns (a square; DAVIS takes a disk)
 ) -> np.ndarray:
-    "F measure of the boundaries of each image, (N,); where neither has any, 1 for equal masks and 0 for others (one empty, one full)."
+    "F of DAVIS (Perazzi et al. 2016): F measure of the boundaries of each image, (N,); where neither has any, 1 for equal masks and 0 for others (one empty, one full)."
     from scipy.ndimage import binary_dilation, generate_binary_structure, iterate_structure
     if tolerance < 0: raise ValueError(f"tolerance: {tolerance}; expected a number of pixels from 0")
     ball = iterate_structure(generate_binary_structure(2, 2), tolerance)[None] if tolerance else np.ones((1, 1, 1), bool)
@@ -71,7 +71,7 @@ def scores(
     masks,  # (N,H,W) bool
     threshold=.5,  # foreground at or above this probability
 ) -> dict:
-    "iou (mean over images), iou_pooled, dice, boundary_f, ap, ece. ValueError for logits or unequal shapes."
+    "iou and dice (means over images), iou_pooled (all pixels at once), boundary_f (tolerance 1 pixel), ap (average precision of all pixels; NaN without foreground), ece (expected calibration error, 15 bins); all in [0,1]. ValueError for logits, unequal shapes and masks other than 0 and 1."
     import torch
     from torchmetrics.functional.classification import binary_average_precision, binary_calibration_error
     probability, masks = _check(probability, masks)

@@ -280,23 +280,27 @@ def fit_probe(
     masks,  # (N,H,W) bool
     head="attention",  # a name in HEADS
     val=None,  # (FeatureMap, masks) for all choices; None: a fifth of the training frames
-    trajectory=None,  # (N,) trajectories of the training frames, for that fifth
+    trajectory=None,  # (N,) trajectories of the training frames, for that fifth; None: each frame counts as its own video, so give it when several come from one
     loss="bce",  # see vpenc.probing.losses
     optimizer="adamw",  # 'adamw', 'adam' or 'sgd'; the dense linear head is always trained by L-BFGS
     lr=None,  # peak learning rate, or a list to choose from on `val`; None: the head's recipe
     weight_decay=None,  # the same
     epochs=None,  # None: the head's recipe
     batch=None,  # frames per step; None: the head's recipe
-    schedule=None,  # 'cosine' or 'constant'; None: the head's recipe
+    schedule=None,  # 'cosine' (rises over the first tenth of the steps, then falls to 0) or 'constant'; None: the head's recipe
     augment=None,  # 'flip', 'jitter' or 'flip+jitter', for the `pixels` encoder
-    views=1,  # `features` hold so many views of all frames, one view after the other; an epoch draws one of each frame
+    views=1,  # number of views of each frame in `features`, all frames of one view after the other; an epoch draws one view of each frame (`linear` reads all)
     head_options=None,  # dict of the head's own options, for instance dict(base=32)
     protocol="corrected",  # or 'paper'
     seed=0,  # of initial weights, order, augmentation, and the inner split
     start=None,  # the Probe to go on from, instead of new weights and new statistics of the features
     device=None,  # None: CUDA when there is one
 ) -> Probe:
-    "Fit a head to cached features. Same seed, same machine, same probe. ValueError for bad names, sizes and masks."
+    """Fit a head to cached features; learning rate, weight decay and epoch are those with the best validation IoU. Same seed, same machine, same probe.
+
+    The threshold is chosen on the validation frames too (.5 under 'paper'). ValueError for bad names, settings, sizes, masks and features, and when every loss
+    diverges; MemoryError for a head too large for the memory left.
+    """
     _known("protocol", protocol, ("corrected", "paper")), _known("head", head, HEADS)
     _known("optimizer", optimizer, OPTIMIZERS), _known("schedule", schedule or "cosine", SCHEDULES)
     if type(views) is not int or views < 1: raise ValueError(f"views: {views!r}; expected a whole number from 1")
@@ -531,9 +535,8 @@ def encode(
     batch=25,  # frames at a time
 ):
     "The FeatureMap of many frames, without gradients and without a cache."
-    maps = [encoder(frames[start:start + batch]) for start in range(0, len(frames), batch)]
-    levels = tuple(torch.cat(same) for same in zip(*(m.levels for m in maps)))
-    return replace(maps[0], values=torch.cat([m.values for m in maps]), levels=levels)
+    from vpenc.encoders.features import join
+    return join([encoder(frames[start:start + batch]) for start in range(0, len(frames), batch)])
 
 # %% ../../nbs/5_probing/05_probe.ipynb #10afbf61
 def _save(self: Probe, folder):

@@ -17,7 +17,7 @@ def position_vectors(
     features,  # FeatureMap of the T frames of a clip
     grid=32,  # positions a side
 ) -> torch.Tensor:  # (T,D,grid,grid), unit length
-    "The vectors that are compared, all levels of the map side by side. ValueError for features that are not finite."
+    "Unit vectors to compare: each level standardised per channel over the clip, divided by the root of its channels, brought to the grid and stacked. ValueError for features that are not finite."
     parts = []
     for maps in features.as_2d():  # (T,C,h,w)
         maps = maps.float().cpu()
@@ -38,7 +38,7 @@ def propagate(
     radius=6,  # cells
     temperature=.1,  # of the similarities
 ) -> np.ndarray:  # (T,H,W), or (T,K,H,W), in [0,1]
-    "The share of the label at each pixel, frame after frame. ValueError for masks that do not fit."
+    "The share of the label at each pixel, frame after frame: label propagation as in DINO (Caron et al. 2021, section 4.2.2) and Jabri et al. 2020. ValueError for masks that do not fit."
     several = np.ndim(mask) == 3
     if not np.isin(mask, (0, 1)).all(): raise ValueError(f"mask holds values up to {np.max(mask)}; expected 0 and 1")
     if np.ndim(mask) not in (2, 3): raise ValueError(f"mask has shape {np.shape(mask)}; expected (H,W), or (K,H,W) for several objects")

@@ -148,7 +148,7 @@ class ClassesTarget(SemanticTarget):
 
 # %% ../../nbs/5_probing/07_targets.ipynb #c1ad3b15
 class DepthTarget(Target):
-    "Metres: one value, the logarithm; `abs_rel`, `rmse` (metres) and `delta` (share of pixels within a factor 1.25)."
+    "Depth in metres; the head predicts its logarithm. Per image: `abs_rel` (main, lower is better), `rmse` in metres, `delta`: share of pixels with max(d/t, t/d) < 1.25 (Eigen et al. 2014)."
 
     name, main, higher, needs, last = "depth", "abs_rel", False, "depth", ()
 
@@ -170,7 +170,7 @@ class DepthTarget(Target):
 
 # %% ../../nbs/5_probing/07_targets.ipynb #5ef0065f
 class MotionTarget(Target):
-    "Pixels (right, down) to the next frame: two values; `epe`: mean end-point error of the moving pixels, in pixels."
+    "Motion to the next frame in pixels (right, down): two outputs. `epe`: mean end-point error of pixels that move more than half a pixel (main, lower is better); `epe_still`: of the others."
 
     name, main, higher, needs, outputs, last = "motion", "epe", False, "flow", 2, (2,)
     least = .5  # pixels that a moving pixel moves at least
@@ -197,7 +197,7 @@ class MotionTarget(Target):
 
 # %% ../../nbs/5_probing/07_targets.ipynb #aec3c0e6
 class InstanceTarget(Target):
-    "Object ids: a logit and a vector of 6 numbers for each pixel; `f50` and `fg_ari` of each picture; `decode` gives int ids (N,H,W), 0 for none."
+    "Object ids: a logit and a vector of 6 numbers for each pixel; `f50` and `fg_ari` of each picture; `decode` gives int ids (N,H,W), 0 for none. Loss: De Brabandere et al. 2017 (arXiv 1708.02551)."
 
     name, main, needs, outputs, last = "instances", "f50", "instances", 7, ()
     start, slow = .1, True  # equal vectors feel no push

@@ -104,10 +104,6 @@ class Team:
         "Wait until all processes have reached this call."
         if self.accelerator: self.accelerator.wait_for_everyone()
 
-    def leave(self):
-        "End the process group, if there is one."
-        if self.accelerator and dist.is_initialized(): dist.destroy_process_group()
-
 # %% ../../nbs/3_training/01_loop.ipynb #9616cf8f
 def processes() -> int:
     "How many processes train together."

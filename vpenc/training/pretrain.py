@@ -250,7 +250,7 @@ def same_codes(model, other) -> bool:
 
 
 def heritage(init, kept) -> tuple[str, list, list]:
-    "Of the model that a run started from: how it was made, out of its card; if its VQ-VAE is `kept`, that one's log and picture."
+    "(card text, log rows, pictures) inherited from the model of `init`; rows and pictures only if its tokenizer is kept."
     if init is None: return "", [], []
     folder = find_model(init)
     text, rows, pictures = f"## Started from `{folder.name}`\n", [], []

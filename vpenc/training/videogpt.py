@@ -82,7 +82,7 @@ class LearningCodebook(Codebook):
 # %% ../../nbs/3_training/05_videogpt.ipynb #ed8f2051
 def psnr(recon: torch.Tensor, clip: torch.Tensor) -> float:
     "Peak signal to noise ratio in dB; both in [-.5, .5]."
-    return -10 * math.log10(F.mse_loss(recon.clamp(-.5, .5), clip).item())
+    return -10 * math.log10(max(F.mse_loss(recon.clamp(-.5, .5), clip).item(), 1e-10))
 
 
 @torch.no_grad()

@@ -269,7 +269,7 @@ def explore(
     save_to=None,  # folder of saved figures; None: outputs/explore of the checkout, or explore/ here
     **state,  # where to begin: fields of `ExploreState`
 ):
-    "The explorer as a widget: the last line of a cell. Errors are shown in it, in one line."
+    "The explorer as a widget: the last line of a cell. Errors while it runs are shown in it, in one line. Raised at once: ImportError without Jupyter widgets, ValueError for an unknown target, FileNotFoundError or ValueError for a bad probe folder, TypeError for a state that is no field of `ExploreState`."
     if save_to is None: save_to = project_root()/"outputs"/"explore" if project_root() else Path("explore")
     return widget_class()(Explorer(data, encoder, probe, taps, device, targets), ExploreState(**state), save_to)
 
