@@ -133,7 +133,7 @@ def test_numbers_of_common_fate_come_from_the_run():
     span = lambda row, names=("iou", "low", "high"), form=".3f": "{} ({} to {})".format(*(f"{float(row[name]):{form}}" for name in names))
     wanted = [span(motion[each]) for each in (("videogpt:resnet:stages", "linear1x1"), ("random/videogpt:resnet:stages", "linear1x1"), ("pixels", "linear7x7"))]
     wanted += [span(both[k], ("motion_adds", "adds_low", "adds_high"), "+.3f") for k in ("1", "25")]
-    wanted += [span(alone[way]) for way in ("change over sampled futures", "floor: mean mask of the labels")]
+    wanted += [span(alone[way]) for way in ("change over sampled futures", "floor: mean mask of the labels", "floor: difference from the median frame")]
     said = " ".join(README.split("**Is motion enough?**")[1].split("**Does it hold")[0].split())
     assert re.findall(r"[+-]?\d\.\d{3} \([+-]?\d\.\d{3} to [+-]?\d\.\d{3}\)", said) == wanted
     run = json.loads((folder / "common-fate.json").read_text())
