@@ -240,7 +240,7 @@ def test_command_line_reaches_every_setting(tmp_path, clips, capsys):
 def test_sim_as_clips_simulates_them_first(tmp_path, monkeypatch):
     from vpenc.cli import main
     monkeypatch.setenv("VPENC_DATA", str(tmp_path / "data"))
-    settings = [f"{k}={v}" for k, v in SHORT.items() if k != "tensorboard"] + ["steps=2", "every=2", "parallel=False"]
+    settings = [f"{k}={v}" for k, v in SHORT.items() if k not in ("tensorboard", "resolution")] + ["steps=2", "every=2", "parallel=False"]
     words = ["pretrain", "sim", "--clips", "4", "--stage", "vqvae", "--out", str(tmp_path / "run"), "--device", "cpu", "--no-tensorboard"]
     assert main([*words, *(w for s in settings for w in ("--set", s))]) == 0
     assert (tmp_path / "data/sim-bair-clips.h5").exists() and [r["stage"] for r in log_of(tmp_path / "run")] == ["vqvae"]

@@ -108,7 +108,7 @@ def test_common_fate(labels, tmp_path):
     table, alone = pd.read_csv(tmp_path / "fate/common-fate.csv"), pd.read_csv(tmp_path / "fate/predictor-alone.csv")
     assert table.fitted_to.tolist() == ["labels", "labels", "motion", "motion + labels"] and table.k.tolist() == [1, 4, 0, 1]
     assert ((table.low <= table.iou) & (table.iou <= table.high)).all() and table.worth[2:].notna().all()
-    assert len(alone) == 5 and (alone.frames == 2).all() and alone.iou.between(0, 1).all()
+    assert len(alone) == 6 and (alone.frames == 2).all() and alone.iou.between(0, 1).all()
     everything = alone.set_index("way").iou["floor: everything"]
     from vpenc.data.masks import LabelledFrames
     assert everything == pytest.approx(LabelledFrames.load(labels).part("test").masks[:2].mean(), abs=1e-4)  # IoU of all pixels is the mask's share
