@@ -99,8 +99,10 @@ def _stored(path, clips):
 
 def _arrays(path):
     try:
-        file = np.load(path, allow_pickle=False)
-        arrays = {Path(path).stem: file} if isinstance(file, np.ndarray) else {name: file[name] for name in file.files}
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray): arrays = {Path(path).stem: loaded}
+        else:
+            with loaded: arrays = {name: loaded[name] for name in loaded.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         if not Path(path).exists(): raise FileNotFoundError(f"no such file: {path}") from None
         raise ValueError(f"cannot read arrays of {path}: {error}") from None

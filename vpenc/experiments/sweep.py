@@ -137,7 +137,7 @@ def sweep(
     options = dict(workers=workers, cache=cache, notebook=notebook, run=run)
     row = lambda trial: base | trial.values | dict(name=f"trial-{trial.number:03d}")
     for first in (row(Trial(0, {})), base | dict(seeds=confirm)): plan_grid([first], out/"trials", cache=cache, notebook=notebook)  # complains before anything runs
-    claim(out, dict(base=base, space=space, sampler=sampler, seed=seed))
+    claim(out, dict(base=_told(base), space=space, sampler=sampler, seed=seed))
     done = []
     while len(done) < trials:
         first = [] if done else [Trial(0, {})]
@@ -162,7 +162,7 @@ def _told(base) -> dict:
     from dataclasses import MISSING
     kinds = Experiment.__dataclass_fields__
     default = lambda kind: kind.default if kind.default_factory is MISSING else kind.default_factory()
-    return {name: value for name, value in (base or {}).items() if name not in kinds or default(kinds[name]) != value}
+    return {name: value for name, value in base.items() if name not in kinds or default(kinds[name]) != value}
 
 
 def claim(out: Path, settings: dict):
@@ -172,7 +172,7 @@ def claim(out: Path, settings: dict):
     if not (out/"settings.json").exists(): return write_json(out/"settings.json", plain)
     there = read_json(out/"settings.json")
     for name, value in plain.items():
-        if (_told(there.get(name)) if name == "base" else there.get(name)) != (_told(value) if name == "base" else value): raise ValueError(f"{out} holds a sweep with {name} {there.get(name)}, not {value}; choose another folder")
+        if there.get(name) != value: raise ValueError(f"{out} holds a sweep with {name} {there.get(name)}, not {value}; choose another folder")
 
 
 def _failed():

@@ -321,7 +321,8 @@ def fit_probe(
     recipe = replace(recipe, epochs=recipe.epochs if epochs is None else epochs, batch=batch or recipe.batch,
                      lr=_several(lr, recipe.lr), weight_decay=_several(weight_decay, recipe.weight_decay), options=options,
                      schedule=schedule or recipe.schedule)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    from vpenc.models.checkpoints import find_device
+    device = find_device(device)
     _check_room(head, shapes, size, options)
     maps, val_maps = ([m.float().to(device) for m in each.as_2d()] for each in (features, val[0]))
     for what, each in (("", maps), ("validation ", val_maps)):

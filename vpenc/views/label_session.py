@@ -101,7 +101,7 @@ def _read_path(path, size, clips, every, split, trajectory, category) -> Footage
     elif h5py.is_hdf5(path):
         with h5py.File(path, "r") as file: labelled = "masks" in file
         if not labelled: return _stored(ClipStore(path), clips, every, split)
-    if labelled: return _labelled_footage(import_labels(path, category=[category] if isinstance(category, str) else category, size=size, trajectory=trajectory))
+    if labelled: return _labelled_footage(import_labels(path, category=category, size=size, trajectory=trajectory))
     if path.suffix.lower() in (".npz", ".npy") and (array := _clips_in(path)) is not None:
         return Footage.join(array[:clips], range(len(array[:clips])), path.stem, every)
     hidden = walk(path)[1] if path.is_dir() else []
@@ -505,7 +505,7 @@ def _merge(
     from vpenc.data.coco import import_labels
     labels = source
     if not isinstance(labels, LabelledFrames):
-        labels = import_labels(source, category=[category] if isinstance(category, str) else category, size=self.footage.frames.shape[1])
+        labels = import_labels(source, category=category, size=self.footage.frames.shape[1])
     if name not in (None, *self.classes): self._open([*self.classes, name])
     pairs = [(self.number.get(key), mask) for key, mask in zip(frame_keys(labels.frames), labels.masks)]
     pairs = [(index, mask) for index, mask in pairs if index is not None]
